@@ -1,0 +1,1 @@
+"""Block-sparse attention for PyTorch, exact over the keys it keeps, forward and backward."""

@@ -1,0 +1,266 @@
+"""The operators ``sparsetile::attention`` and ``sparsetile::attention_backward``.
+
+They carry a layout as a flat list of tensors, so PyTorch's dispatcher, ``torch.compile`` and
+``torch.export`` see ordinary tensor operators with fake kernels and autograd. A compiled graph cannot hold the
+cache's layout objects, so there a pattern travels as its text and the operator asks the cache when it runs.
+Validation is not done here: ``functional.sparse_attention`` is the one door.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsetile.errors import BackendError
+from sparsetile.kernels.request import Request
+from sparsetile.kernels.select import choose
+from sparsetile.layout.blocks import BlockLayout, memo_of
+from sparsetile.layout.cache import cached_layout
+from sparsetile.patterns import parse_pattern
+
+_LIBRARY = torch.library.Library("sparsetile", "DEF")
+_CALL = (
+    "Tensor[] layout, str pattern, SymInt[] geometry, Tensor? tile_bias, Tensor? attn_bias, Tensor? key_padding_mask, "
+    "Tensor? seed, float scale, float dropout_p, str backend"
+)
+_LIBRARY.define(f"attention(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_CALL}, bool tile_bias_grad, bool attn_bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+_parse = lru_cache(maxsize=256)(parse_pattern)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout | None,
+    *,
+    pattern: str = "",
+    geometry: Sequence[int] = (),
+    tile_bias: Tensor | None,
+    attn_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Dispatch one validated call; returns (out, lse).
+
+    Either a layout, or the text of a pattern with geometry (q_len, k_len, block_q, block_k, batch, heads).
+    """
+    if layout is not None:
+        geometry = (layout.q_len, layout.k_len, layout.block_q, layout.block_k, layout.batch, layout.heads)
+    result = torch.ops.sparsetile.attention(
+        q,
+        k,
+        v,
+        [] if layout is None else list(layout.tensors()),
+        pattern,
+        list(geometry),
+        tile_bias,
+        attn_bias,
+        key_padding_mask,
+        seed,
+        scale,
+        dropout_p,
+        backend,
+    )
+    return result[0], result[1]
+
+
+def _layout(q: Tensor, tensors: Sequence[Tensor], pattern: str, geometry: Sequence[int]) -> BlockLayout:
+    q_len, k_len, block_q, block_k, batch, heads = geometry
+    if pattern:
+        parsed = _parse(pattern)
+        by_head = heads if parsed.needs_heads else None
+        return cached_layout(parsed, q_len, k_len, (block_q, block_k), q.device, by_head)
+    return BlockLayout(
+        *tensors,
+        q_len=q_len,
+        k_len=k_len,
+        block_q=block_q,
+        block_k=block_k,
+        batch=batch,
+        heads=heads,
+        _memo=memo_of(tensors[0]),
+    )
+
+
+def _request(
+    q: Tensor,
+    tensors: Sequence[Tensor],
+    pattern: str,
+    geometry: Sequence[int],
+    tile_bias: Tensor | None,
+    attn_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> Request:
+    return Request(
+        layout=_layout(q, tensors, pattern, geometry),
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        key_padding_mask=key_padding_mask,
+        attn_bias=attn_bias,
+        tile_bias=tile_bias,
+    )
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
+    *parts, backend = call
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    request = _request(q, *parts)
+    out, lse = choose(backend, q, k, v, request).forward(q, k, v, request)
+    return out.contiguous(), lse.contiguous()
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *call: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *parts, backend, tile_bias_grad, attn_bias_grad = call
+    q, k, v, grad_out = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(grad_out)
+    request = _request(q, *parts)
+    grads = choose(backend, q, k, v, request).backward(
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        request,
+        tile_bias_grad=tile_bias_grad,
+        attn_bias_grad=attn_bias_grad,
+    )
+    none = lse.new_empty(0)
+    return (
+        grads.q.contiguous(),
+        grads.k.contiguous(),
+        grads.v.contiguous(),
+        none if grads.tile_bias is None else grads.tile_bias.contiguous(),
+        none if grads.attn_bias is None else grads.attn_bias.contiguous(),
+    )
+
+
+_LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("sparsetile::attention", lib=_LIBRARY)
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+
+
+@torch.library.register_fake("sparsetile::attention_backward", lib=_LIBRARY)
+def _fake_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *call: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _, _, geometry, tile_bias, *_, tile_bias_grad, attn_bias_grad = call
+    batch, heads = q.shape[:2]
+    tile_shape: tuple[int, ...] = (0,)
+    if tile_bias_grad:
+        layout_batch, layout_heads = geometry[4], geometry[5]
+        tile_shape = (
+            batch if layout_batch == 1 else 1,
+            heads if layout_heads == 1 else 1,
+            tile_bias.shape[-1],
+        )
+    bias_shape = (batch, heads, q.shape[2], k.shape[2]) if attn_bias_grad else (0,)
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        lse.new_empty(tile_shape),
+        lse.new_empty(bias_shape),
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, layout, pattern, geometry, tile_bias, attn_bias, key_padding_mask, seed, *settings = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        q, k, v, *output, tile_bias, attn_bias, key_padding_mask, seed, *layout
+    )
+    ctx.pattern, ctx.geometry, ctx.settings = pattern, geometry, settings
+
+
+def _sum_to_shape(grad: Tensor, like: Tensor) -> Tensor:
+    return grad.sum_to_size(like.shape).to(like.dtype)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, tile_bias, attn_bias, key_padding_mask, seed, *layout = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    tile_bias_grad = tile_bias is not None and ctx.needs_input_grad[6]
+    attn_bias_grad = attn_bias is not None and ctx.needs_input_grad[7]
+    dq, dk, dv, d_tile, d_attn = torch.ops.sparsetile.attention_backward(
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        layout,
+        ctx.pattern,
+        ctx.geometry,
+        tile_bias,
+        attn_bias,
+        key_padding_mask,
+        seed,
+        *ctx.settings,
+        tile_bias_grad,
+        attn_bias_grad,
+    )
+    d_tile_bias = _sum_to_shape(d_tile, tile_bias) if tile_bias_grad else None
+    d_attn_bias = _sum_to_shape(d_attn, attn_bias) if attn_bias_grad else None
+    no_grads = [None] * 5  # key_padding_mask, seed, scale, dropout_p, backend
+    return dq, dk, dv, [None] * len(layout), None, None, d_tile_bias, d_attn_bias, *no_grads
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    raise BackendError(
+        "sparse_attention has no second derivative: expected one backward pass, got create_graph=True or a "
+        "gradient of a gradient. Use F.scaled_dot_product_attention's math backend where you need it."
+    )
+
+
+torch.library.register_autograd(
+    "sparsetile::attention", _differentiate, setup_context=_save_for_backward, lib=_LIBRARY
+)
+torch.library.register_autograd("sparsetile::attention_backward", _no_second_derivative, lib=_LIBRARY)
