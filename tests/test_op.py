@@ -1,0 +1,85 @@
+"""The operators behave as PyTorch's own: opcheck, torch.compile without graph breaks, checkpointing."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import sparsetile as st
+
+PATTERN = (st.Local(20) | st.Global(3)) & st.Causal()
+
+
+def inputs(n=50, dtype=torch.float32):
+    return [torch.randn(2, 4, n, 16, dtype=dtype).requires_grad_() for _ in range(3)]
+
+
+@pytest.mark.parametrize("features", ["plain", "all"])
+def test_opcheck(features):
+    q, k, v = inputs()
+    layout = st.BlockLayout.from_pattern(PATTERN, 50, block_size=16)
+    biases = (None, None, None, None, 0.25, 0.0)
+    if features == "all":
+        biases = (
+            torch.randn(1, 1, layout.capacity, requires_grad=True),
+            torch.randn(1, 4, 50, 50, requires_grad=True),
+            torch.rand(2, 50) < 0.2,
+            torch.tensor([1234567]),
+            0.25,
+            0.1,
+        )
+    geometry = [50, 50, 16, 16, 1, 1]
+    args = (q, k, v, list(layout.tensors()), "", geometry, *biases, "auto")
+    torch.library.opcheck(torch.ops.sparsetile.attention.default, args)
+    torch.library.opcheck(
+        torch.ops.sparsetile.attention.default, (q, k, v, [], repr(PATTERN), geometry, *biases[:0], None, *biases[1:], "auto")
+    )
+
+
+def run_layout(q, k, v, layout):
+    out, lse = st.sparse_attention(q * 2, k, v, layout, return_lse=True)
+    return out.sin().sum() + lse.cos().sum()
+
+
+def run_pattern(q, k, v, pattern):
+    out = st.sparse_attention(q * 2, k, v, pattern, is_causal=True, block_size=16)
+    return out.sin().sum()
+
+
+@pytest.mark.parametrize("form", ["layout", "pattern"])
+def test_compiles_without_graph_breaks(form):
+    q, k, v = inputs()
+    run = run_layout if form == "layout" else run_pattern
+    argument = st.BlockLayout.from_pattern(PATTERN, 50, block_size=16) if form == "layout" else PATTERN
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(run(q, k, v, argument), (q, k, v))
+    for got, want in zip(torch.autograd.grad(compiled(q, k, v, argument), (q, k, v)), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_compiled_pattern_follows_the_length_without_a_layout_in_the_graph():
+    compiled = torch.compile(run_pattern, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (33, 64, 50):
+        q, k, v = inputs(n)
+        torch.testing.assert_close(compiled(q, k, v, PATTERN), run_pattern(q, k, v, PATTERN))
+
+
+def test_dropout_repeats_under_activation_checkpointing():
+    q, k, v = inputs()
+
+    def run(q):
+        return st.sparse_attention(q, k, v, PATTERN, block_size=16, dropout_p=0.3).sin()
+
+    torch.manual_seed(3)
+    (plain,) = torch.autograd.grad(run(q).sum(), q)
+    torch.manual_seed(3)
+    (replayed,) = torch.autograd.grad(checkpoint(run, q, use_reentrant=False).sum(), q)
+    torch.testing.assert_close(replayed, plain, rtol=0, atol=0)
+
+
+def test_gradients_through_lse_alone():
+    q, k, v = (x.double().detach().requires_grad_() for x in inputs())
+    _, lse = st.sparse_attention(q, k, v, st.Full(), block_size=16, return_lse=True)
+    want = torch.autograd.grad((q @ k.mT * 0.25).logsumexp(-1).sum(), (q, k))
+    got = torch.autograd.grad(lse.sum(), (q, k))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
