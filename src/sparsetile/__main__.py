@@ -1,0 +1,7 @@
+"""``python -m sparsetile``: the command line."""
+
+import sys
+
+from sparsetile.cli import main
+
+sys.exit(main())
