@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -71,7 +72,7 @@ def run(console: Console) -> int:
             finding.device,
             finding.backend,
             f"[{colours[finding.state]}]{finding.state}[/]",
-            finding.detail.replace("[", r"\["),
+            escape(finding.detail),
         )
     console.print(table)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
@@ -59,18 +58,8 @@ def legend(colour: bool = True) -> Text:
     return text
 
 
-def facts(about: Description, head_dim: int = 128) -> Table:
-    """The numbers of a layout as a two-column table."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column()
-    for name, value in fact_rows(about, head_dim):
-        table.add_row(name, value)
-    return table
-
-
 def fact_rows(about: Description, head_dim: int = 128) -> list[tuple[str, str]]:
-    """(name, value) of everything that :func:`facts` and the PNG print."""
+    """(name, value) of everything that ``show`` and the PNG print."""
     less = about.dense_flops(head_dim) / about.flops(head_dim) if about.tiles else float("inf")
     return [
         ("tokens", f"{about.q_len:,} queries × {about.k_len:,} keys"),

@@ -1,0 +1,249 @@
+"""The command ``sparsetile``: doctor, show, bench, train.
+
+Bad input and failures end with one line on stderr and a non-zero exit code: 2 for bad usage or input, 1 for
+what failed, 130 after Ctrl-C. A traceback is a bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from sparsetile._version import __version__
+from sparsetile.errors import ArgumentError, SparsetileError, explain
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from sparsetile.layout.blocks import BlockLayout
+
+_DESCRIPTION = "Block-sparse attention for PyTorch: look at patterns, check this machine, measure, train."
+_COMMANDS = {
+    "doctor": (
+        "versions, devices, and what each backend can do here",
+        "examples:\n  sparsetile doctor",
+    ),
+    "show": (
+        "draw a pattern's layout and print what it costs",
+        "examples:\n"
+        "  sparsetile show 'Local(2048) | Global(64)' --length 64K\n"
+        "  sparsetile show 'Local(4096) | Global(128)' --length 1M --causal --png layout.png\n"
+        "  sparsetile show 'LogStrided()' --length 8192 --block 64\n",
+    ),
+    "bench": (
+        "time, memory and error of every backend against dense attention and its rivals",
+        "examples:\n"
+        "  sparsetile bench --quick\n"
+        "  sparsetile bench --lengths 8K,32K --patterns local,random --densities 0.02,0.1 --out results\n"
+        "  sparsetile bench --patterns 'Local(1024) | Global(64)' --lengths 16K --backends cpu,dense\n"
+        "  sparsetile bench --table baselines --device cuda --out benchmarks/results\n"
+        "  sparsetile bench --replot benchmarks/results/bench.json\n",
+    ),
+    "train": (
+        "train a byte-level language model with a pattern, or compare it with dense attention",
+        "examples:\n"
+        "  sparsetile train --compare\n"
+        "  sparsetile train --attention 'Local(512) | Global(16)' --context 8192 --steps 500\n",
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. See: {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; ``argv`` is ``sys.argv[1:]`` by default."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = _parse(arguments)
+        code: int = options.run(options)
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:
+        # argparse leaves this way after --help (0) and after its one-line errors (2).
+        return stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        return _fail("stopped", 130)
+    except BrokenPipeError:
+        # The reader (head, less) has left: there is nobody to tell, and nothing may be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SparsetileError as error:
+        return _fail(str(error), 2 if isinstance(error, ValueError) else 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", 1)
+    except MemoryError:
+        return _fail("out of memory. Choose a shorter length, a larger block, or a sparser pattern.", 1)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        return _fail(f"{error} Choose a shorter length, a larger block, or a sparser pattern.", 1)
+
+
+def token_count(text: str) -> int:
+    """A positive number of tokens: ``4096``, ``64K`` (binary thousands), ``1M``.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    units = {"k": 1 << 10, "m": 1 << 20}
+    unit = units.get(text[-1:].lower(), 1)
+    digits = text if unit == 1 else text[:-1]
+    try:
+        count = int(digits) * unit
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of tokens like 4096, 64K or 1M, got {text!r}"
+        ) from None
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1 token, got {text!r}")
+    return count
+
+
+def positive(text: str) -> int:
+    """A whole number above 0. Raises argparse.ArgumentTypeError if it is none."""
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return count
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="sparsetile", description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"sparsetile {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
+    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    fillers: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+        "doctor": _doctor_arguments,
+        "show": _show_arguments,
+        "bench": _delegate("sparsetile.bench.cli"),
+        "train": _delegate("sparsetile.train.cli"),
+    }
+    for name, (summary, examples) in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        # Only the command that runs needs its arguments, and some take long to import.
+        if name == chosen:
+            fillers[name](command)
+    return parser.parse_args(arguments)
+
+
+def _delegate(module_name: str) -> Callable[[argparse.ArgumentParser], None]:
+    def fill(parser: argparse.ArgumentParser) -> None:
+        module = importlib.import_module(module_name)
+        module.add_arguments(parser)
+        parser.set_defaults(run=module.main)
+
+    return fill
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_doctor)
+
+
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    from sparsetile.layout.blocks import BLOCK_SIZES
+
+    parser.add_argument("pattern", metavar="PATTERN", help="for example 'Local(2048) | Global(64)'")
+    parser.add_argument(
+        "--length", type=token_count, required=True, metavar="N", help="query tokens: 4096, 64K, 1M"
+    )
+    parser.add_argument("--keys", type=token_count, metavar="N", help="key tokens, if not as many as queries")
+    parser.add_argument("--causal", action="store_true", help="also forbid keys after the query")
+    parser.add_argument("--block", type=int, default=128, choices=BLOCK_SIZES, help="tile edge (default 128)")
+    parser.add_argument("--heads", type=positive, default=1, metavar="H", help="query heads (default 1)")
+    parser.add_argument("--head", type=int, default=0, metavar="h", help="the head to draw (default 0)")
+    parser.add_argument("--head-dim", type=positive, default=128, metavar="D", help="for FLOPs (default 128)")
+    parser.add_argument("--png", metavar="FILE", help="also write a picture (needs matplotlib)")
+    parser.set_defaults(run=_show)
+
+
+def _doctor(_options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sparsetile import doctor
+
+    return doctor.run(Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
+
+
+def _show(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+
+    from sparsetile import viz
+    from sparsetile.facts import describe
+
+    layout, title = _layout(options)
+    head = options.head if layout.heads > 1 else 0
+    if options.png is not None:
+        viz.save_png(layout, options.png, title=title, head=head)
+    console = Console(highlight=False)
+    colour = console.color_system in ("truecolor", "256")
+    about = describe(layout, head=head)
+    console.print(f"[bold]{escape(title)}[/]" + (f", head {head}" if layout.heads > 1 else ""))
+    width = max(8, min(64, console.width - 10))
+    console.print(viz.draw(layout, width=width, colour=colour, head=head), soft_wrap=True)
+    console.print(viz.legend(colour))
+    console.print()
+    _print_facts(console, viz.fact_rows(about, options.head_dim))
+    if options.png is not None:
+        console.print(f"\nwrote {options.png}", soft_wrap=True)
+    return 0
+
+
+def _print_facts(console: Console, rows: list[tuple[str, str]]) -> None:
+    # No table: its cells would be cut or wrapped to the width of a narrow terminal, and padded in a pipe.
+    margin = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        console.print(f"[dim]{name:<{margin}}[/]  {value}", soft_wrap=True)
+
+
+def _layout(options: argparse.Namespace) -> tuple[BlockLayout, str]:
+    from sparsetile.layout.blocks import BlockLayout
+    from sparsetile.patterns import Causal, parse_pattern
+
+    if not 0 <= options.head < options.heads:
+        raise ArgumentError(
+            explain(
+                "--head",
+                expected=f"a number from 0 to {options.heads - 1}",
+                got=options.head,
+                fix="Give --heads as many heads as the model has.",
+            )
+        )
+    pattern = parse_pattern(options.pattern)
+    title = options.pattern
+    if options.causal:
+        pattern, title = pattern & Causal(), f"{title}, causal"
+    k_len = options.length if options.keys is None else options.keys
+    layout = BlockLayout.from_pattern(
+        pattern,
+        q_len=options.length,
+        k_len=k_len,
+        block_size=options.block,
+        device="cpu",
+        heads=options.heads,
+    )
+    return layout, title
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"sparsetile: {' '.join(message.split())}", file=sys.stderr)
+    return code
