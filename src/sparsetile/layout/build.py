@@ -1,0 +1,164 @@
+"""From a pattern (or tiles in any other form) to the tensors of a layout, in O(tiles).
+
+The steps for a pattern: a cover of key blocks for each block row, merged into sorted distinct tiles without a
+global sort; the state of each tile; one bit mask for each distinct signature among the undecided tiles; the
+transpose. Nothing here looks at pairs of positions except inside those few representatives.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsetile.patterns.base import Pattern, signature_within
+from sparsetile.patterns.tiles import (
+    Grid,
+    Key,
+    Span,
+    Tiles,
+    combine,
+    interval_words,
+    mask_words,
+    ones,
+    representatives,
+)
+
+FULL = -1
+_EMPTY = -2
+_INT32_TILES = 2**31 - 1
+
+
+class Rows(NamedTuple):
+    """Sorted tiles with their masks, before the transpose."""
+
+    row: Tensor
+    col: Tensor
+    mask_ids: Tensor
+    masks: Tensor
+
+
+class Transpose(NamedTuple):
+    indptr: Tensor
+    indices: Tensor
+    edges: Tensor
+
+
+def tiles_of(pattern: Pattern, grid: Grid) -> Rows:
+    """The tiles of a resolved pattern."""
+    tree = pattern.lower()
+    tiles = expand(tree.cover(grid, grid.everything), grid)
+    some, full = tree.state(tiles)
+    if not some.all():
+        kept = some.nonzero().flatten()
+        tiles, full = tiles.pick(kept), full[kept]
+    full = full & ~hangs_over(tiles)
+    mask_ids = torch.full((len(tiles),), FULL, dtype=torch.int32)
+    undecided = (~full).nonzero().flatten()
+    masks = no_masks(grid.block_q, grid.block_k)
+    if undecided.numel():
+        part = tiles.pick(undecided)
+        keys = _signatures(tree, part)
+        which, index = representatives(keys.values)
+        few = part.pick(which)
+        ids, masks = distinct(tree.words(few) & valid_words(few), grid.block_k)
+        mask_ids[undecided] = ids[index]
+        if (ids == _EMPTY).any():
+            kept = (mask_ids != _EMPTY).nonzero().flatten()
+            tiles, mask_ids = tiles.pick(kept), mask_ids[kept]
+    return Rows(tiles.row, tiles.col, mask_ids, masks)
+
+
+def _signatures(tree: Pattern, tiles: Tiles) -> Key:
+    grid = tiles.grid
+    keys = [signature_within(tree, tiles)]
+    if grid.q_len % grid.block_q or grid.k_len % grid.block_k:
+        keys.append(Key(tiles.q1 - tiles.q0, grid.block_q))
+        keys.append(Key(tiles.k1 - tiles.k0, grid.block_k))
+    return combine(keys)
+
+
+def expand(spans: Span, grid: Grid) -> Tiles:
+    """The distinct tiles of ``[rows, s]`` block ranges, ascending in each row."""
+    lo, hi = spans
+    rows, count = lo.shape
+    if count > 1:
+        lo, order = lo.sort(1)
+        hi = hi.gather(1, order).cummax(1).values
+        lo = lo.clone()
+        lo[:, 1:] = torch.maximum(lo[:, 1:], hi[:, :-1])
+    sizes = (hi - lo).clamp_(min=0).flatten()
+    ends = sizes.cumsum(0)
+    total = int(ends[-1])
+    span = torch.arange(rows * count).repeat_interleave(sizes, output_size=total)
+    col = torch.arange(total) + (lo.flatten() - ends + sizes)[span]
+    row = span if count == 1 else torch.div(span, count, rounding_mode="floor")
+    return Tiles(grid, row, col)
+
+
+def hangs_over(tiles: Tiles) -> Tensor:
+    """Whether each tile reaches past the end of the queries or keys."""
+    grid = tiles.grid
+    over = torch.zeros(len(tiles), dtype=torch.bool)
+    if grid.k_len % grid.block_k:
+        over |= tiles.col == grid.k_blocks - 1
+    if grid.q_len % grid.block_q:
+        over |= tiles.row % grid.q_blocks == grid.q_blocks - 1
+    return over
+
+
+def valid_words(tiles: Tiles) -> Tensor:
+    """Bit masks of the pairs that are not past the ends of the sequence."""
+    grid = tiles.grid
+    row_ok = torch.arange(grid.block_q) <= (tiles.q1 - tiles.q0)[:, None]
+    width = torch.where(row_ok, (tiles.k1 - tiles.k0 + 1)[:, None], 0)
+    return interval_words(torch.zeros_like(width), width, grid.block_k)
+
+
+def no_masks(block_q: int, block_k: int, device: torch.device | None = None) -> Tensor:
+    return torch.empty((0, block_q, mask_words(block_k)), dtype=torch.int32, device=device)
+
+
+def distinct(words: Tensor, block_k: int) -> tuple[Tensor, Tensor]:
+    """Numbers bit masks by content.
+
+    Args:
+        words: int32 ``[n, block_q, words]``.
+
+    Returns:
+        ``(ids, masks)``: int32 ``[n]``, FULL for all ones and −2 for all zeros, else a row of ``masks``.
+    """
+    flat = words.flatten(1)
+    ids = torch.full((flat.shape[0],), FULL, dtype=torch.int32, device=words.device)
+    ids[(flat == 0).all(1)] = _EMPTY
+    partial = ((flat != ones(block_k)).any(1) & (ids != _EMPTY)).nonzero().flatten()
+    if not partial.numel():
+        return ids, words[:0]
+    masks, index = torch.unique(flat[partial], dim=0, return_inverse=True)
+    ids[partial] = index.to(torch.int32)
+    return ids, masks.reshape(-1, *words.shape[1:])
+
+
+def row_starts(row: Tensor, rows: int) -> Tensor:
+    """``indptr`` of sorted row numbers."""
+    dtype = torch.int32 if row.numel() <= _INT32_TILES else torch.int64
+    starts = torch.zeros(rows + 1, dtype=dtype, device=row.device)
+    torch.cumsum(torch.bincount(row, minlength=rows), 0, dtype=dtype, out=starts[1:])
+    return starts
+
+
+def transpose(row: Tensor, col: Tensor, q_blocks: int, k_blocks: int, groups: int) -> Transpose:
+    """Columns of tiles that are sorted by flattened row; ``groups`` is batch · heads."""
+    line = col
+    if groups > 1:
+        line = torch.div(row, q_blocks, rounding_mode="floor") * k_blocks + col
+    if groups * k_blocks <= _INT32_TILES:
+        line = line.to(torch.int32)
+    edges = line.argsort(stable=True)
+    starts = row_starts(line, groups * k_blocks)
+    block = row[edges]
+    if groups > 1:
+        block = block.remainder(q_blocks)
+    kind = starts.dtype
+    return Transpose(starts, block.to(torch.int32), edges.to(kind))
