@@ -26,6 +26,12 @@ FULL = build.FULL
 __all__ = ["BLOCK_SIZES", "FULL", "BlockLayout", "LayoutTensors", "mask_words"]
 
 
+def memo_of(indptr: Tensor) -> dict[str, object]:
+    """The memo of the layout whose row starts these are; an empty one for tensors made inside a graph."""
+    memo: dict[str, object] = getattr(indptr, "_sparsetile_memo", {})
+    return memo
+
+
 class LayoutTensors(NamedTuple):
     """The tensors of a layout in the order in which operators pass them."""
 
@@ -72,6 +78,11 @@ class BlockLayout:
     batch: int = 1
     heads: int = 1
     _memo: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Operators receive the tensors alone; what was derived from them travels with the first.
+        if not torch.compiler.is_compiling():
+            self.indptr._sparsetile_memo = self._memo  # type: ignore[attr-defined]
 
     @property
     def q_blocks(self) -> int:
