@@ -7,7 +7,7 @@ block), so row ``(b·heads + h)·q_blocks + i`` holds the tiles of query block `
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ from sparsetile.layout import build, convert
 from sparsetile.patterns.base import Pattern
 from sparsetile.patterns.tiles import Grid, mask_words, unpack
 
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK_SIZES = (16, 32, 64, 128)
 FULL = build.FULL

@@ -52,8 +52,9 @@ def tiles_of(pattern: Pattern, grid: Grid) -> Rows:
     some, full = tree.state(tiles)
     if not some.all():
         kept = some.nonzero().flatten()
-        tiles, full = tiles.pick(kept), full[kept]
-    full = full & ~hangs_over(tiles)
+        tiles, full = tiles.pick(kept), full.index_select(0, kept)
+    if grid.whole is not grid:
+        full = full & ~hangs_over(tiles)
     mask_ids = torch.full((len(tiles),), FULL, dtype=torch.int32)
     undecided = (~full).nonzero().flatten()
     masks = no_masks(grid.block_q, grid.block_k)
@@ -62,18 +63,21 @@ def tiles_of(pattern: Pattern, grid: Grid) -> Rows:
         keys = _signatures(tree, part)
         which, index = representatives(keys.values)
         few = part.pick(which)
-        ids, masks = distinct(tree.words(few) & valid_words(few), grid.block_k)
-        mask_ids[undecided] = ids[index]
+        words = tree.words(few)
+        if grid.whole is not grid:
+            words = words & valid_words(few)
+        ids, masks = distinct(words, grid.block_k)
+        mask_ids[undecided] = ids.index_select(0, index)
         if (ids == _EMPTY).any():
             kept = (mask_ids != _EMPTY).nonzero().flatten()
-            tiles, mask_ids = tiles.pick(kept), mask_ids[kept]
+            tiles, mask_ids = tiles.pick(kept), mask_ids.index_select(0, kept)
     return Rows(tiles.row, tiles.col, mask_ids, masks)
 
 
 def _signatures(tree: Pattern, tiles: Tiles) -> Key:
     grid = tiles.grid
     keys = [signature_within(tree, tiles)]
-    if grid.q_len % grid.block_q or grid.k_len % grid.block_k:
+    if grid.whole is not grid:
         keys.append(Key(tiles.q1 - tiles.q0, grid.block_q))
         keys.append(Key(tiles.k1 - tiles.k0, grid.block_k))
     return combine(keys)
@@ -92,7 +96,7 @@ def expand(spans: Span, grid: Grid) -> Tiles:
     ends = sizes.cumsum(0)
     total = int(ends[-1])
     span = torch.arange(rows * count).repeat_interleave(sizes, output_size=total)
-    col = torch.arange(total) + (lo.flatten() - ends + sizes)[span]
+    col = torch.arange(total) + (lo.flatten() - ends + sizes).index_select(0, span)
     row = span if count == 1 else torch.div(span, count, rounding_mode="floor")
     return Tiles(grid, row, col)
 
@@ -130,14 +134,34 @@ def distinct(words: Tensor, block_k: int) -> tuple[Tensor, Tensor]:
         ``(ids, masks)``: int32 ``[n]``, FULL for all ones and −2 for all zeros, else a row of ``masks``.
     """
     flat = words.flatten(1)
-    ids = torch.full((flat.shape[0],), FULL, dtype=torch.int32, device=words.device)
-    ids[(flat == 0).all(1)] = _EMPTY
-    partial = ((flat != ones(block_k)).any(1) & (ids != _EMPTY)).nonzero().flatten()
+    least, most = flat.aminmax(dim=1)
+    uniform = least == most
+    ids = torch.where(
+        uniform & (least == 0), _EMPTY, torch.where(uniform & (least == ones(block_k)), FULL, 0)
+    )
+    partial = (ids == 0).nonzero().flatten()
     if not partial.numel():
-        return ids, words[:0]
-    masks, index = torch.unique(flat[partial], dim=0, return_inverse=True)
-    ids[partial] = index.to(torch.int32)
-    return ids, masks.reshape(-1, *words.shape[1:])
+        return ids.to(torch.int32), words[:0]
+    if partial.numel() < flat.shape[0]:
+        flat = flat.index_select(0, partial)
+    which, index = _same_rows(flat)
+    ids[partial] = index
+    return ids.to(torch.int32), flat.index_select(0, which).reshape(-1, *words.shape[1:])
+
+
+def _same_rows(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """``(which, index)``: one row for each distinct content, and each row's place in ``which``."""
+    pairs = flat.contiguous().view(torch.int64)
+    weights = torch.randint(2**62, (pairs.shape[1],), generator=torch.Generator().manual_seed(0))
+    # Sums keep the low bits of what is summed, so high bits are folded down first, without loss.
+    folded = (pairs ^ (pairs >> 32 & 0xFFFFFFFF)) * 0x2545F4914F6CDD1D
+    folded ^= folded >> 29 & 0x7FFFFFFFF
+    which, index = representatives(folded.mul_(weights.to(flat.device)).sum(1))
+    # Equal sums are likely, not certainly, equal rows: every row is compared with the one that stands for it.
+    if not torch.equal(flat, flat.index_select(0, which.index_select(0, index))):
+        index = torch.unique(flat, dim=0, return_inverse=True)[1]
+        which, index = representatives(index)
+    return which, index
 
 
 def row_starts(row: Tensor, rows: int) -> Tensor:
@@ -157,7 +181,7 @@ def transpose(row: Tensor, col: Tensor, q_blocks: int, k_blocks: int, groups: in
         line = line.to(torch.int32)
     edges = line.argsort(stable=True)
     starts = row_starts(line, groups * k_blocks)
-    block = row[edges]
+    block = row.index_select(0, edges)
     if groups > 1:
         block = block.remainder(q_blocks)
     kind = starts.dtype

@@ -128,7 +128,7 @@ class Pattern:
         return self
 
     def cover(self, grid: Grid, clip: Span) -> Span:
-        """Key blocks that may hold allowed pairs: ``[rows, s]`` ranges, within the token ranges of ``clip``."""
+        """Key blocks that may hold allowed pairs: ``[rows, s]`` ranges within the token ranges ``clip``."""
         lo, hi = grid.blocks(clip)
         return Span(lo[:, None], hi[:, None])
 
@@ -303,12 +303,16 @@ class Interval(Pattern):
         return (lo <= k) & (k < hi)
 
     def bounds(self, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(least lo, greatest lo, least hi, greatest hi)`` of each block row; the outer ones may be wider."""
+        """``(least lo, greatest lo, least hi, greatest hi)`` of each block row; the outer two may be wider."""
 
         def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            lo, hi = self.interval(torch.stack((grid.first, grid.last)))
-            lo, hi = lo.expand(2, grid.rows), hi.expand(2, grid.rows)
-            return lo.amin(0), lo.amax(0), hi.amin(0), hi.amax(0)
+            lo, hi = self.interval(grid.ends)
+            return (
+                torch.minimum(lo[0], lo[1]),
+                torch.maximum(lo[0], lo[1]),
+                torch.minimum(hi[0], hi[1]),
+                torch.maximum(hi[0], hi[1]),
+            )
 
         return grid.remember(("bounds", self), make)
 
@@ -334,8 +338,8 @@ class Interval(Pattern):
 
         some_lo, some_hi, full_lo, full_hi = grid.remember(("thresholds", self), make)
         row, col = tiles.row, tiles.col
-        some = (col >= some_lo[row]).logical_and_(col < some_hi[row])
-        full = (col >= full_lo[row]).logical_and_(col < full_hi[row])
+        some = (col >= some_lo.index_select(0, row)).logical_and_(col < some_hi.index_select(0, row))
+        full = (col >= full_lo.index_select(0, row)).logical_and_(col < full_hi.index_select(0, row))
         return State(some, full)
 
     def words(self, tiles: Tiles) -> Tensor:
@@ -365,10 +369,16 @@ class Meet(Interval):
     def bounds(self, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # The ends of a meet need not be monotone, so the parts' own extremes bound them instead.
         def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            each = list(zip(*(part.bounds(grid) for part in self.parts), strict=True))
-            lo_least, lo_most = (torch.stack(x).amax(0) for x in each[:2])
-            hi_least, hi_most = (torch.stack(x).amin(0) for x in each[2:])
-            return lo_least, lo_most, hi_least, hi_most
+            a = self.parts[0].bounds(grid)
+            for part in self.parts[1:]:
+                b = part.bounds(grid)
+                a = (
+                    torch.maximum(a[0], b[0]),
+                    torch.maximum(a[1], b[1]),
+                    torch.minimum(a[2], b[2]),
+                    torch.minimum(a[3], b[3]),
+                )
+            return a
 
         return grid.remember(("bounds", self), make)
 
@@ -431,8 +441,8 @@ class BlockAligned(Pattern):
     def allows(self, q: Tensor, k: Tensor, head: Tensor | int = 0) -> Tensor:
         if self.block_q is None or self.block_k is None:
             raise unresolved(self, "its tiles are those of a layout")
-        head = torch.as_tensor(head)
-        q, k, head = torch.broadcast_tensors(q, k, head)
+        shape = torch.broadcast_shapes(q.shape, k.shape, torch.as_tensor(head).shape)
+        q, k, head = q.expand(shape), k.expand(shape), torch.as_tensor(head).expand(shape)
         row = torch.div(q - self.offset, self.block_q, rounding_mode="floor")
         col = torch.div(k, self.block_k, rounding_mode="floor")
         tiles, index = torch.unique(

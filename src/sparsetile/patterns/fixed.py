@@ -110,7 +110,7 @@ class Causal(Interval):
 
 @dataclass(frozen=True, eq=False)
 class Local(Interval):
-    """A window of ``left`` tokens before the query to ``right`` tokens after it: ``−left ≤ k − q ≤ right``."""
+    """A window from ``left`` tokens before the query to ``right`` after it: ``−left ≤ k − q ≤ right``."""
 
     left: int
     right: int | None = None
@@ -352,9 +352,9 @@ def _difference_key(difference: Tensor, tiles: Tiles) -> Key:
 class Strided(Lattice):
     """Units at a fixed stride: ``(P − T − head·head_shift/unit) mod (stride/unit) = 0``.
 
-    ``P`` and ``T`` are the unit indices of query and key (position // unit). ``stride`` and ``head_shift`` are
-    tokens, multiples of the unit. With ``head_shift`` = unit each head keeps another residue, so ``stride /
-    unit`` heads together reach every tile.
+    ``P`` and ``T`` are the unit indices of query and key (position // unit). ``stride`` and ``head_shift``
+    are tokens, multiples of the unit. With ``head_shift`` = unit each head keeps another residue, so
+    ``stride / unit`` heads together reach every tile.
     """
 
     stride: int

@@ -83,6 +83,11 @@ class Grid:
         return (self.first + (self.block_q - 1)).clamp_(max=self.offset + self.q_len - 1)
 
     @cached_property
+    def ends(self) -> Tensor:
+        """``[2, rows]``: ``first`` and ``last``."""
+        return torch.stack((self.first, self.last))
+
+    @cached_property
     def head(self) -> Tensor:
         """``[rows]`` head of each block row."""
         return torch.arange(self.heads).repeat_interleave(self.q_blocks)
@@ -127,7 +132,7 @@ class Tiles:
         return self.row.numel()
 
     def pick(self, which: Tensor) -> Tiles:
-        return Tiles(self.grid, self.row[which], self.col[which])
+        return Tiles(self.grid, self.row.index_select(0, which), self.col.index_select(0, which))
 
     def on(self, grid: Grid) -> Tiles:
         return self if grid is self.grid else Tiles(grid, self.row, self.col)
@@ -135,7 +140,7 @@ class Tiles:
     @cached_property
     def q0(self) -> Tensor:
         """Position of the first query of each tile."""
-        return self.grid.first[self.row]
+        return self.grid.first.index_select(0, self.row)
 
     @cached_property
     def k0(self) -> Tensor:
@@ -145,7 +150,7 @@ class Tiles:
     @cached_property
     def q1(self) -> Tensor:
         """Position of the last valid query of each tile."""
-        return self.grid.last[self.row]
+        return self.grid.last.index_select(0, self.row)
 
     @cached_property
     def k1(self) -> Tensor:
@@ -190,7 +195,8 @@ def _renumber(values: Tensor) -> Key:
 def representatives(values: Tensor) -> tuple[Tensor, Tensor]:
     """``(which, index)``: one position for each distinct value, and each entry's place in ``which``."""
     distinct, index = torch.unique(values, return_inverse=True)
-    which = torch.zeros_like(distinct).scatter_(0, index, torch.arange(values.numel()))
+    places = torch.arange(values.numel(), device=values.device)
+    which = torch.zeros_like(distinct).scatter_(0, index, places)
     return which, index
 
 
@@ -201,13 +207,13 @@ def mask_words(block_k: int) -> int:
 
 def interval_words(lo: Tensor, hi: Tensor, block_k: int) -> Tensor:
     """Bits ``lo ≤ j < hi`` of every row: ``[…]`` int64 bounds relative to the tile → ``[…, words]`` int32."""
+    # Row x of the table holds the bits below x, so a mask row is two look-ups.
+    bound = torch.arange(block_k + 1, device=lo.device)[:, None]
     starts = torch.arange(0, block_k, 32, device=lo.device)
-    width = min(32, block_k)
-
-    def below(bound: Tensor) -> Tensor:
-        return (1 << (bound[..., None] - starts).clamp_(0, width)) - 1
-
-    return (below(hi) & ~below(lo)).to(torch.int32)
+    below = ((1 << (bound - starts).clamp_(0, min(32, block_k))) - 1).to(torch.int32)
+    words = below.index_select(0, hi.clamp(0, block_k).flatten())
+    words &= (~below).index_select(0, lo.clamp(0, block_k).flatten())
+    return words.reshape(*lo.shape, mask_words(block_k))
 
 
 def pack(bits: Tensor) -> Tensor:
