@@ -1,0 +1,126 @@
+"""The Triton backend: NVIDIA GPUs from compute capability 8.0, and AMD GPUs. Shapes are those of ``kernels/request.py``.
+
+Triton is imported on the first call, so the package works without it. Gradients need no atomics: two runs
+give the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from sparsetile.kernels.request import Gradients, Request
+from sparsetile.kernels.triton_config import target_of
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SMALLEST_HEAD_DIM, LARGEST_HEAD_DIM = 16, 256
+
+
+@lru_cache(maxsize=1)
+def _import_problem() -> str | None:
+    try:
+        from sparsetile.kernels import triton_launch  # noqa: F401
+    except ImportError as problem:
+        return f"Triton cannot be imported ({problem}); it comes with torch on Linux GPU builds, or `pip install triton`"
+    return None
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, request: Request) -> str | None:
+    """None if this backend serves the call, else one sentence that says why not."""
+    if q.dtype not in DTYPES:
+        return f"serves fp16, bf16 and fp32, not {q.dtype}"
+    dim = q.shape[-1]
+    if not SMALLEST_HEAD_DIM <= dim <= LARGEST_HEAD_DIM or dim % 8:
+        return f"serves head_dim 16 to 256 in steps of 8, not {dim}"
+    if any(x.stride(-1) != 1 for x in (q, k, v)):
+        return "needs q, k and v contiguous in their last dimension; call .contiguous() on them"
+    problem = _import_problem()
+    if problem is not None:
+        return problem
+    from sparsetile.kernels.triton_tiles import INTERPRETED
+
+    if q.device.type == "cpu":
+        return None if INTERPRETED else "runs on GPUs; the tensors are on the CPU"
+    if q.device.type != "cuda":
+        return f"runs on NVIDIA and AMD GPUs, not on {q.device.type!r} devices"
+    if torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(q.device)
+        if capability < (8, 0):
+            return f"needs compute capability 8.0 (Ampere) or newer, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+    """(out ``[B, H, Nq, D]`` in q's dtype, lse ``[B, H, Nq]`` fp32), both contiguous."""
+    from sparsetile.kernels.triton_launch import forward_launches
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    with _on(q.device):
+        for launch in forward_launches(q, k, v, out, lse, request, target_of(q.device)):
+            launch.run()
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    request: Request,
+    *,
+    tile_bias_grad: bool,
+    attn_bias_grad: bool,
+) -> Gradients:
+    """Gradients of ``sum(out·grad_out) + sum(lse·grad_lse)``; dq, dk, dv in the inputs' dtype, biases' in fp32."""
+    from sparsetile.kernels import triton_launch as plan
+
+    layout, target = request.layout, target_of(q.device)
+    batch, heads, q_len, dim = q.shape
+    kv_heads, k_len = k.shape[1], k.shape[2]
+    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+
+    with _on(q.device):
+        lse2 = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
+        delta = torch.empty_like(lse2)
+        plan.delta_launch(grad_out, out, lse.contiguous(), grad_lse, lse2, delta).run()
+
+        out_heads = heads // plan.heads_a_program(k, q, layout, target)
+        kv_dtype = k.dtype if out_heads == kv_heads else torch.float32
+        dk = torch.empty((batch, out_heads, k_len, dim), dtype=kv_dtype, device=q.device)
+        dv = torch.empty_like(dk)
+        for launch in plan.columns_launches(q, k, v, grad_out, lse2, delta, dk, dv, request, target):
+            launch.run()
+        if out_heads != kv_heads:
+            members = (batch, kv_heads, out_heads // kv_heads, k_len, dim)
+            dk, dv = dk.view(members).sum(2).to(k.dtype), dv.view(members).sum(2).to(v.dtype)
+
+        dq = torch.empty((batch, heads, q_len, dim), dtype=q.dtype, device=q.device)
+        tile_grad = bias_grad = None
+        if tile_bias_grad:
+            owners = (batch if layout.batch == 1 else 1, heads if layout.heads == 1 else 1)
+            parts = plan.tile_grad_parts(q, layout, target)
+            tile_grad = torch.zeros((parts, *owners, layout.capacity), dtype=torch.float32, device=q.device)
+        if attn_bias_grad:
+            bias_grad = torch.zeros((batch, heads, q_len, k_len), dtype=torch.float32, device=q.device)
+        for launch in plan.rows_launches(
+            q, k, v, grad_out, lse2, delta, dq, tile_grad, bias_grad, request, target
+        ):
+            launch.run()
+        tile_sum = None if tile_grad is None else tile_grad[0] if tile_grad.shape[0] == 1 else tile_grad.sum(0)
+    return Gradients(dq, dk, dv, tile_sum, bias_grad)

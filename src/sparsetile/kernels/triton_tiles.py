@@ -1,0 +1,132 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,operator,assignment"
+"""Device functions that the forward and the backward kernels share: places, tile loads, mask bits, dropout."""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = not isinstance(triton.jit(lambda: None), triton.runtime.JITFunction)
+"""True if the kernels below run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1`` at import)."""
+
+COUNTS = [
+    "item_count", "split_count", "reps", "heads", "layout_heads", "group", "q_len", "k_len", "length", "q_blocks",
+    "k_blocks", "blocks", "threshold", "tile_grad_step",
+]  # fmt: skip
+"""Arguments that differ from layout to layout: specialising on them would compile again and gain nothing."""
+
+KEY_STEP = tl.constexpr(0x9E3779B1)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def place(row, rep, heads, layout_heads, blocks, BATCH_SHARED: tl.constexpr, HEADS_SHARED: tl.constexpr):
+    """(batch element, head, block) of a flattened layout row run for the rep-th tensor head that shares it."""
+    block = row % blocks
+    owner = row // blocks
+    if HEADS_SHARED:
+        head = rep % heads
+        rep_batch = rep // heads
+        owner_batch = owner
+    else:
+        head = owner % layout_heads
+        owner_batch = owner // layout_heads
+        rep_batch = rep
+    if BATCH_SHARED:
+        batch = rep_batch
+    else:
+        batch = owner_batch
+    return batch.to(tl.int64), head.to(tl.int64), block.to(tl.int64)
+
+
+@triton.jit
+def load_tile(base, rows, stride, dims, rows_ok, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
+    """``[rows, BLOCK_D]`` from a base pointer; 0 where ``CHECK`` and not ``rows_ok``, and past dimension D."""
+    pointers = base + rows[:, None] * stride + dims[None, :]
+    if CHECK:
+        if D == BLOCK_D:
+            tile = tl.load(pointers, mask=rows_ok[:, None], other=0.0)
+        else:
+            tile = tl.load(pointers, mask=rows_ok[:, None] & (dims < D)[None, :], other=0.0)
+    else:
+        if D == BLOCK_D:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(base, rows, stride, dims, rows_ok, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store ``[rows, BLOCK_D]`` where ``rows_ok`` and the dimension is below D, in the type of ``base``."""
+    pointers = base + rows[:, None] * stride + dims[None, :]
+    if D == BLOCK_D:
+        keep = rows_ok[:, None]
+    else:
+        keep = rows_ok[:, None] & (dims < D)[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def allowed_pairs(
+    masks,
+    mask_id,
+    query,
+    key0,
+    keys,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    N: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+):
+    """Which pairs of a partial tile are allowed, bool ``[queries, keys]`` (or transposed, if ``KEYS_FIRST``).
+
+    ``query`` are positions inside the tile; keys are ``key0 + keys``. A row's words are loaded once each and
+    spread over their 32 columns in registers: loading a word for every pair would cost more than the products.
+    """
+    words_a_row: tl.constexpr = (BLOCK_K + 31) // 32
+    words: tl.constexpr = (N + 31) // 32
+    first = masks + mask_id.to(tl.int64) * (BLOCK_Q * words_a_row) + query * words_a_row + key0 // 32
+    group = keys // 32
+    bit = keys % 32 + key0 % 32
+    word = tl.load(first)
+    if KEYS_FIRST:
+        spread = word[None, :]
+        for index in tl.static_range(1, words):
+            spread = tl.where((group == index)[:, None], tl.load(first + index)[None, :], spread)
+        allowed = (spread >> bit[:, None]) & 1
+    else:
+        spread = word[:, None]
+        for index in tl.static_range(1, words):
+            spread = tl.where((group == index)[None, :], tl.load(first + index)[:, None], spread)
+        allowed = (spread >> bit[None, :]) & 1
+    return allowed != 0
+
+
+@triton.jit
+def mix(x):
+    """lowbias32 on uint32, as ``kernels/dropout.py``."""
+    x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def dropout_stream(seed, batch_head):
+    """The uint32 stream of one (batch, head); ``batch_head`` is ``b·H + h``."""
+    value = tl.load(seed)
+    low = value.to(tl.uint32)
+    high = (value >> 32).to(tl.uint32)
+    return mix(low ^ mix(high + batch_head.to(tl.uint32)))
+
+
+@triton.jit
+def dropout_row(stream, query):
+    """One uint32 a query, from which every key's bits are drawn."""
+    return mix(stream + query.to(tl.uint32))
+
+
+@triton.jit
+def dropout_keep(row, key, threshold):
+    """Whether the weight stays. ``row`` and ``key`` broadcast against each other; threshold is uint32 bits in an int32."""
+    step = tl.full((), KEY_STEP, tl.uint32)
+    return mix(row ^ (key.to(tl.uint32) * step)) >= threshold.to(tl.uint32)

@@ -1,0 +1,198 @@
+"""Schedule: who computes what. Rows (or columns) of a layout are cut into work items of bounded length.
+
+A global row has thousands of tiles where a local row has five; one program per row would leave the GPU
+waiting for a few. Here a row longer than ``chunk`` tiles becomes several items of nearly equal length; each
+writes its part to a slot of a buffer, and a small second kernel combines the slots of a row in fixed order.
+
+Everything is derived on the layout's own device from sizes that the host knows, so a layout that was made
+on the device costs no host sync: the number of items is then a bound, and the items beyond the real ones
+are empty (row −1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsetile.errors import LayoutError, explain
+from sparsetile.layout.blocks import BlockLayout
+
+Direction = Literal["rows", "columns"]
+
+HOST_KNOWN = "host_known"
+"""Key of ``BlockLayout._memo``: True if its tile counts came from the host, so one sync at build is harmless."""
+
+_LENGTH_CLASSES = 512
+
+
+class ScheduleTensors(NamedTuple):
+    """The tensors of a schedule in the order in which operators pass them."""
+
+    items: Tensor
+    splits: Tensor
+    others: Tensor
+    mask_ids: Tensor
+    edges: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The work items of all rows, or of all columns, of a layout.
+
+    "Row" below means a flattened row of ``indptr`` for ``direction="rows"`` and a flattened column of
+    ``t_indptr`` for ``"columns"``.
+
+    Attributes:
+        items: ``[5, n]`` int32 (int64 past 2³¹ tiles): row, start, full_end, end, slot of each item. Entries
+            ``start … full_end`` of ``others`` are whole tiles, ``full_end … end`` are partial ones. ``slot`` is −1 for
+            a row that is one item; else where the item puts its part. Row −1: nothing to do. Every row
+            has at least one item, even if it is empty. Items of one layout head stay together, longest first.
+        splits: ``[3, m]``: row, first slot, number of slots (consecutive) of each row of several items; 0 slots: nothing to do.
+        others: ``[capacity]`` int32. Key block (query block for columns) of each entry, whole tiles first in each row.
+        mask_ids: ``[capacity]`` int32, as in the layout, in the order of ``others``.
+        edges: ``[capacity]`` position of each entry in ``layout.indices``. Empty where that is the entry's own position.
+        slots: how many slots a buffer needs for each head that shares the layout.
+        partial: whether the layout may hold partial tiles.
+        direction: ``"rows"`` or ``"columns"``.
+    """
+
+    items: Tensor
+    splits: Tensor
+    others: Tensor
+    mask_ids: Tensor
+    edges: Tensor
+    slots: int
+    partial: bool
+    direction: Direction
+
+    def tensors(self) -> ScheduleTensors:
+        return ScheduleTensors(self.items, self.splits, self.others, self.mask_ids, self.edges)
+
+
+def schedule(layout: BlockLayout, direction: Direction, chunk: int) -> Schedule:
+    """The schedule of a layout, from its memo if it was asked for before.
+
+    Args:
+        layout: any layout. Its counts are read back once (a host sync) only if it lives on the CPU or its memo
+            says ``HOST_KNOWN``; that trims the empty items.
+        direction: ``"rows"`` for passes that own query blocks, ``"columns"`` for those that own key blocks.
+        chunk: longest item, in tiles.
+
+    Raises:
+        LayoutError: ``chunk`` is not positive.
+    """
+    if chunk < 1:
+        raise LayoutError(explain("schedule chunk", expected="at least 1 tile", got=chunk, fix="Pass a positive chunk."))
+    key = f"schedule {direction} {chunk}"
+    known = layout._memo.get(key)
+    if isinstance(known, Schedule):
+        return known
+    made = _build(layout, direction, chunk)
+    layout._memo[key] = made
+    return made
+
+
+def chunk_for(layout: BlockLayout, heads: int, processors: int, *, items_per_processor: int, at_least: int) -> int:
+    """Longest item such that ``processors`` stay evenly loaded: a power of two near tiles ÷ (processors · items).
+
+    Args:
+        layout: the layout; only its capacity is looked at, so no host sync.
+        heads: how many (batch, head) pairs run every row of the layout.
+        processors: multiprocessors of the device.
+        items_per_processor: longest items that one processor's share should at least be cut into.
+        at_least: floor, below which the cost of combining outweighs the balance.
+    """
+    share = layout.capacity * heads // (processors * items_per_processor)
+    return max(at_least, 1 << max(share - 1, 0).bit_length())
+
+
+def _build(layout: BlockLayout, direction: Direction, chunk: int) -> Schedule:
+    by_rows = direction == "rows"
+    indptr = layout.indptr if by_rows else layout.t_indptr
+    blocks = layout.q_blocks if by_rows else layout.k_blocks
+    longest_possible = layout.k_blocks if by_rows else layout.q_blocks
+    device, dtype = indptr.device, indptr.dtype
+    rows, capacity = indptr.numel() - 1, layout.capacity
+    partial = layout.masks.shape[0] > 0
+
+    begin = indptr[:-1].long()
+    length = indptr[1:].long() - begin
+    if partial:
+        others, mask_ids, edges, full = _whole_tiles_first(layout, by_rows, indptr.long())
+    else:
+        others = layout.indices if by_rows else layout.t_indices
+        edges = layout.t_edges.new_empty(0) if by_rows else layout.t_edges
+        mask_ids, full = layout.mask_ids, length
+
+    may_split = chunk < longest_possible
+    parts = ((length + chunk - 1) // chunk).clamp(min=1)
+    first = parts.cumsum(0) - parts
+    split = parts > 1
+    slots_of = torch.where(split, parts, 0)
+    slot_first = slots_of.cumsum(0) - slots_of
+    n_items = rows + (capacity // chunk if may_split else 0)
+    n_splits = min(rows, capacity // chunk) if may_split else 0
+    n_slots = 2 * (capacity // chunk) if may_split else 0
+
+    item = torch.arange(n_items, device=device)
+    row = torch.searchsorted(first, item, right=True) - 1
+    part = item - first[row]
+    real = part < parts[row]
+    start = begin[row] + part * length[row] // parts[row]
+    end = begin[row] + (part + 1) * length[row] // parts[row]
+    full_end = (begin[row] + full[row]).clamp(start, end)
+    slot = torch.where(split[row], slot_first[row] + part, -1)
+    # Eight classes an octave: nearly equal items keep the order of their rows, and with it the L2's content.
+    length_class = ((end - start).clamp(min=1).double().log2() * 8).long() + (end > start)
+    rank = row // max(blocks, 1) * _LENGTH_CLASSES + (_LENGTH_CLASSES - 1 - length_class)
+    order = torch.argsort(torch.where(real, rank, torch.iinfo(torch.int64).max), stable=True)
+    items = torch.stack([torch.where(real, row, -1), start, full_end, end, slot])[:, order]
+
+    splits = torch.zeros(3, n_splits + 1, dtype=torch.int64, device=device)
+    place = torch.where(split, split.cumsum(0) - 1, n_splits).clamp(max=n_splits)
+    splits[:, place] = torch.stack([torch.arange(rows, device=device), slot_first, slots_of])
+    splits = splits[:, :n_splits]
+
+    if device.type == "cpu" or layout._memo.get(HOST_KNOWN):
+        counts = torch.stack([parts.sum(), split.sum(), slots_of.sum()]).tolist()
+        n_items, n_splits, n_slots = (int(count) for count in counts)
+        items, splits = items[:, :n_items], splits[:, :n_splits]
+    return Schedule(
+        items=items.to(dtype).contiguous(),
+        splits=splits.to(dtype).contiguous(),
+        others=others,
+        mask_ids=mask_ids,
+        edges=edges,
+        slots=n_slots,
+        partial=partial,
+        direction=direction,
+    )
+
+
+def _whole_tiles_first(layout: BlockLayout, by_rows: bool, indptr: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Entries with each row's whole tiles before its partial ones: (others, mask_ids, edges, whole tiles a row).
+
+    Positions come from a running count, not from a sort: O(tiles). Unused entries past the end stay where they are.
+    """
+    others = layout.indices if by_rows else layout.t_indices
+    mask_ids = layout.mask_ids
+    if not by_rows:
+        mask_ids = mask_ids[layout.t_edges.long().clamp(0, max(layout.capacity - 1, 0))]
+    entry = torch.arange(layout.capacity, device=indptr.device)
+    row = torch.searchsorted(indptr, entry, right=True) - 1
+    whole = torch.where(entry < indptr[-1], mask_ids < 0, True)
+    count = torch.zeros(layout.capacity + 1, dtype=torch.int64, device=indptr.device)
+    torch.cumsum(whole, 0, out=count[1:])
+    full = count[indptr[1:]] - count[indptr[:-1]]
+    begin = indptr[row]
+    whole_before = count[:-1] - count[begin]
+    full_of_row = torch.cat([full, full.new_zeros(1)])[row]
+    position = begin + torch.where(whole, whole_before, full_of_row + (entry - begin) - whole_before)
+    position = torch.where(entry < indptr[-1], position, entry)
+    order = torch.empty_like(entry)
+    order[position] = entry
+    edges = order.to(layout.t_edges.dtype) if by_rows else layout.t_edges[order]
+    return others[order], mask_ids[order], edges, full
