@@ -17,7 +17,6 @@ from sparsetile.layout import build, convert
 from sparsetile.patterns.base import Pattern
 from sparsetile.patterns.tiles import Grid, mask_words, unpack
 
-
 BLOCK_SIZES = (16, 32, 64, 128)
 FULL = build.FULL
 

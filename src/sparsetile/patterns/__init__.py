@@ -3,15 +3,14 @@
 from sparsetile.patterns.base import Pattern
 from sparsetile.patterns.fixed import (
     Causal,
-    Dilated,
     Documents,
     Full,
     Global,
     Local,
-    LogStrided,
     Random,
-    Strided,
 )
+from sparsetile.patterns.lattice import Dilated, LogStrided, Strided
+from sparsetile.patterns.parse import parse_pattern
 
 __all__ = [
     "Causal",
@@ -24,4 +23,5 @@ __all__ = [
     "Pattern",
     "Random",
     "Strided",
+    "parse_pattern",
 ]

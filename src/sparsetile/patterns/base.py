@@ -10,13 +10,11 @@ works and is exact; the other methods only save time.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsetile.errors import PatternError, explain
 from sparsetile.patterns.tiles import (
     Grid,
     Key,
@@ -26,9 +24,6 @@ from sparsetile.patterns.tiles import (
     allowed_words,
     combine,
     interval_words,
-    mask_words,
-    ones,
-    representatives,
 )
 
 
@@ -73,6 +68,8 @@ class Pattern:
         position ``offset``, if given). Rounding outward lets a query see later keys of its own tile, so
         ``pattern.block_aligned() & Causal()`` is causal and ``(pattern & Causal()).block_aligned()`` is not.
         """
+        from sparsetile.patterns.aligned import BlockAligned
+
         return BlockAligned(self, block_q, block_k, offset)
 
     @property
@@ -303,7 +300,7 @@ class Interval(Pattern):
         return (lo <= k) & (k < hi)
 
     def bounds(self, grid: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(least lo, greatest lo, least hi, greatest hi)`` of each block row; the outer two may be wider."""
+        """``(least lo, greatest lo, least hi, greatest hi)`` of each block row; the outer may be wider."""
 
         def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
             lo, hi = self.interval(grid.ends)
@@ -384,127 +381,3 @@ class Meet(Interval):
 
     def signature(self, tiles: Tiles) -> Key:
         return combine([signature_within(p, tiles) for p in self.parts])
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class BlockAligned(Pattern):
-    """``inner`` rounded outward to whole tiles of ``block_q × block_k``; see :meth:`Pattern.block_aligned`.
-
-    Tiles are counted in full, also where they hang over the end of the sequence: like every pattern, this is
-    a function of positions, not of lengths.
-    """
-
-    inner: Pattern
-    block_q: int | None = None
-    block_k: int | None = None
-    offset: int = 0
-
-    def __post_init__(self) -> None:
-        if (self.block_q is None) != (self.block_k is None):
-            raise PatternError(
-                explain(
-                    "block_aligned()",
-                    expected="both block_q and block_k, or neither",
-                    got=f"block_q={self.block_q}, block_k={self.block_k}",
-                    fix="Leave both out to round to the tiles of the layout.",
-                )
-            )
-        sizes = [n for n in (self.block_q, self.block_k) if n is not None]
-        if any(type(n) is not int or n < 1 for n in sizes) or type(self.offset) is not int:
-            raise PatternError(
-                explain(
-                    "block_aligned()",
-                    expected="block sizes ≥ 1 and an integer offset",
-                    got=f"{self.block_q!r}, {self.block_k!r}, offset {self.offset!r}",
-                    fix="Pass tokens as plain integers.",
-                )
-            )
-
-    @property
-    def children(self) -> tuple[Pattern, ...]:
-        return (self.inner,)
-
-    def __repr__(self) -> str:
-        inner = f"({self.inner!r})" if isinstance(self.inner, (Union, Intersection)) else repr(self.inner)
-        sizes = "" if self.block_q is None else f"{self.block_q}, {self.block_k}, {self.offset}"
-        return f"{inner}.block_aligned({sizes})"
-
-    def resolve(self, block_q: int, block_k: int, offset: int = 0) -> Pattern:
-        if self.block_q is None or self.block_k is None:
-            return BlockAligned(self.inner.resolve(block_q, block_k, offset), block_q, block_k, offset)
-        inner = self.inner.resolve(self.block_q, self.block_k, self.offset)
-        return BlockAligned(inner, self.block_q, self.block_k, self.offset)
-
-    def lower(self) -> Pattern:
-        return BlockAligned(self.inner.lower(), self.block_q, self.block_k, self.offset)
-
-    def allows(self, q: Tensor, k: Tensor, head: Tensor | int = 0) -> Tensor:
-        if self.block_q is None or self.block_k is None:
-            raise unresolved(self, "its tiles are those of a layout")
-        shape = torch.broadcast_shapes(q.shape, k.shape, torch.as_tensor(head).shape)
-        q, k, head = q.expand(shape), k.expand(shape), torch.as_tensor(head).expand(shape)
-        row = torch.div(q - self.offset, self.block_q, rounding_mode="floor")
-        col = torch.div(k, self.block_k, rounding_mode="floor")
-        tiles, index = torch.unique(
-            torch.stack((row, col, head), -1).reshape(-1, 3), dim=0, return_inverse=True
-        )
-        q_in = tiles[:, 0, None, None] * self.block_q + self.offset + torch.arange(self.block_q)[:, None]
-        k_in = tiles[:, 1, None, None] * self.block_k + torch.arange(self.block_k)
-        step = max(1, (1 << 22) // prod((self.block_q, self.block_k)))
-        kept = [
-            self.inner.allows(a, b, h).expand(-1, self.block_q, self.block_k).flatten(1).any(1)
-            for a, b, h in zip(
-                q_in.split(step), k_in.split(step), tiles[:, 2, None, None].split(step), strict=True
-            )
-        ]
-        return torch.cat(kept)[index].reshape(q.shape)
-
-    def _whole(self, grid: Grid) -> Grid:
-        mine = (self.block_q, self.block_k, self.offset)
-        if mine != (grid.block_q, grid.block_k, grid.offset):
-            raise PatternError(
-                explain(
-                    "block_aligned()",
-                    expected=f"a layout with (block_q, block_k, offset) = {mine}",
-                    got=(grid.block_q, grid.block_k, grid.offset),
-                    fix="Use the pattern before resolve(), or a layout with these blocks and lengths.",
-                )
-            )
-        return grid.whole
-
-    def cover(self, grid: Grid, clip: Span) -> Span:
-        whole = self._whole(grid)
-        blocks = grid.blocks(clip)
-        clip = Span(blocks.lo * grid.block_k, blocks.hi * grid.block_k)
-        return self.inner.cover(whole, clip)
-
-    def state(self, tiles: Tiles) -> State:
-        tiles = tiles.on(self._whole(tiles.grid))
-        some, full = self.inner.state(tiles)
-        undecided = (some & ~full).nonzero().flatten()
-        if undecided.numel():
-            part = tiles.pick(undecided)
-            which, index = representatives(self.inner.signature(part).values)
-            kept = self.inner.words(part.pick(which)).flatten(1).any(1)
-            some = some.clone()
-            some[undecided] = kept[index]
-        return State(some, some)
-
-    def signature(self, tiles: Tiles) -> Key:
-        return Key(torch.zeros_like(tiles.row), 1)
-
-    def words(self, tiles: Tiles) -> Tensor:
-        grid = tiles.grid
-        fill = torch.where(self.state(tiles).full, ones(grid.block_k), 0).to(torch.int32)
-        return fill[:, None, None].expand(-1, grid.block_q, mask_words(grid.block_k))
-
-
-def unresolved(pattern: Pattern, why: str) -> PatternError:
-    return PatternError(
-        explain(
-            f"{pattern!r}",
-            expected="a pattern in tokens",
-            got=f"one that is not resolved: {why}",
-            fix="Call pattern.resolve(block_q, block_k, offset) first, or build a layout, which does so.",
-        )
-    )
