@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsetile.errors import ArgumentError, explain
 from sparsetile.layout.blocks import FULL, BlockLayout
+from sparsetile.patterns.tiles import unpack
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Description:
     """What one head of a layout costs and reaches; memory is that of the whole layout.
 
     ``back`` and ``ahead`` are the farthest kept key before and after its query, in tokens (negative where
-    every kept key lies on the other side; None where nothing is kept).
+    every kept key lies on the other side; None where nothing is kept). ``causal_density`` is the share of the
+    causal triangle's tiles, where no key lies after its query, else None.
     """
 
     q_len: int
@@ -55,6 +57,7 @@ class Description:
     empty_queries: bool
     back: int | None
     ahead: int | None
+    causal_density: float | None
     nbytes: int
 
     @property
@@ -184,6 +187,9 @@ def describe(layout: BlockLayout, *, batch: int = 0, head: int = 0) -> Descripti
     else:
         back, ahead = shift + layout.block_q - 1, layout.block_k - 1 - shift
     any_tile = len(tiles.rows) > 0
+    farthest_back = int(back.max()) if any_tile else None
+    farthest_ahead = int(ahead.max()) if any_tile else None
+    causal = farthest_ahead is not None and farthest_ahead <= 0
     return Description(
         q_len=layout.q_len,
         k_len=layout.k_len,
@@ -198,9 +204,10 @@ def describe(layout: BlockLayout, *, batch: int = 0, head: int = 0) -> Descripti
         row_mean=len(tiles.rows) / len(tiles.counts),
         row_max=int(tiles.counts.max()),
         empty_queries=_has_empty_query(tiles, empty_rows),
-        back=int(back.max()) if any_tile else None,
-        ahead=int(ahead.max()) if any_tile else None,
-        nbytes=sum(tensor.numel() * tensor.element_size() for tensor in layout.tensors()),
+        back=farthest_back,
+        ahead=farthest_ahead,
+        causal_density=layout.causal_density if causal else None,
+        nbytes=layout.nbytes,
     )
 
 
@@ -216,11 +223,8 @@ def _cells(blocks: int, block: int, limit: int) -> tuple[int, int]:
 
 def _mask_bits(masks: Tensor, block_k: int, chunk: int = 512) -> Iterator[tuple[int, Tensor]]:
     """(index of the first, ``[≤ chunk, block_q, block_k]`` bool) for all masks, a few at a time."""
-    bit = torch.arange(32, dtype=torch.int32)
     for start in range(0, len(masks), chunk):
-        words = masks[start : start + chunk]
-        bits = (words[..., None] >> bit) & 1
-        yield start, bits.flatten(2)[:, :, :block_k].bool()
+        yield start, unpack(masks[start : start + chunk], block_k)
 
 
 def _has_empty_query(tiles: Tiles, empty_rows: Tensor) -> bool:

@@ -33,15 +33,13 @@ def draw(layout: BlockLayout, *, width: int = 64, colour: bool = True, batch: in
     margin = max(len(label) for label in labels)
     columns = seen.full.shape[1]
     picture = Text(no_wrap=True)
-    picture.append(" " * (margin + 2) + _key_axis(columns, seen.cell_k) + "  key\n", style="dim")
+    picture.append(" " * (margin + 2) + _key_axis(columns, seen.cell_k) + "\n", style="dim")
     picture.append(" " * (margin + 1) + "╭" + "─" * columns + "╮\n", style="dim")
     for label, line in zip(labels, lines, strict=True):
         picture.append(f"{label:>{margin}} " + ("┤" if label else "│"), style="dim")
         picture.append_text(line)
         picture.append("│\n", style="dim")
-    picture.append(
-        "query".rjust(margin + 1)[: margin + 1] if margin >= 4 else " " * (margin + 1), style="dim"
-    )
+    picture.append(" " * (margin + 1), style="dim")
     picture.append("╰" + "─" * columns + "╯", style="dim")
     return picture
 
@@ -49,22 +47,24 @@ def draw(layout: BlockLayout, *, width: int = 64, colour: bool = True, batch: in
 def legend(colour: bool = True) -> Text:
     """What the colours (or shades) of :func:`draw` mean."""
     if not colour:
-        return Text("░▒▓█ share of kept pairs; blank: nothing kept")
-    text = Text()
+        return Text("↓ queries  → keys   ░▒▓█ share of kept pairs, blank: none")
+    text = Text("↓ queries  → keys   ")
     text.append("■ ", style=_rgb(FULL_COLOUR))
     text.append("whole tiles   ")
     text.append("■ ", style=_rgb(PARTIAL_COLOUR))
-    text.append("masked tiles   brighter: more pairs kept", style="")
+    text.append("masked tiles   brighter: more pairs kept")
     return text
 
 
 def fact_rows(about: Description, head_dim: int = 128) -> list[tuple[str, str]]:
     """(name, value) of everything that ``show`` and the PNG print."""
     less = about.dense_flops(head_dim) / about.flops(head_dim) if about.tiles else float("inf")
+    share = about.causal_density
+    triangle = "" if share is None else f", {share:.4%} of the causal triangle's tiles"
     return [
         ("tokens", f"{about.q_len:,} queries × {about.k_len:,} keys"),
         ("tiles", f"{about.tiles:,} of {about.tile_grid:,} ({about.block_q} × {about.block_k} tokens)"),
-        ("density", f"{about.density:.4%} of tiles, {about.pair_density:.4%} of pairs"),
+        ("density", f"{about.density:.4%} of tiles, {about.pair_density:.4%} of pairs{triangle}"),
         (
             "whole / masked",
             f"{about.tiles - about.partial:,} / {about.partial:,} ({about.masks:,} distinct masks)",

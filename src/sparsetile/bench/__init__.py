@@ -1,0 +1,1 @@
+"""Time, memory and error of every backend against dense attention and other block-sparse kernels."""

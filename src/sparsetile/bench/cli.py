@@ -1,0 +1,220 @@
+"""``sparsetile bench``: its arguments, progress and files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sparsetile.bench import cases, report
+from sparsetile.bench.rivals import all_rivals, chosen_rivals
+from sparsetile.bench.run import Plan, Row, measure
+from sparsetile.cli import positive, token_count
+from sparsetile.errors import ArgumentError, DataError, explain
+from sparsetile.layout.blocks import BLOCK_SIZES
+from sparsetile.patterns import parse_pattern
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``bench``."""
+    what = parser.add_argument_group("what to measure")
+    what.add_argument(
+        "--quick", action="store_true", help="a small grid that takes a minute on a laptop's CPU"
+    )
+    what.add_argument(
+        "--table",
+        choices=("baselines",),
+        help="the fixed table: 8K, 32K, 128K tokens, bfloat16, head_dim 64, 128",
+    )
+    what.add_argument("--lengths", type=_list(token_count), metavar="N,…", help="tokens: 4K,16K")
+    what.add_argument(
+        "--patterns",
+        type=_list(str),
+        metavar="P,…",
+        help=f"{', '.join(cases.TILE_PATTERNS)} (whole tiles), or expressions like 'Local(512) | Global(16)'",
+    )
+    what.add_argument(
+        "--densities", type=_list(_density), metavar="S,…", help="share of tiles kept: 0.02,0.1"
+    )
+    what.add_argument("--head-dim", type=_list(positive), metavar="D,…", help="default 64")
+    what.add_argument("--heads", type=positive, metavar="H", help="default 8")
+    what.add_argument("--batch", type=positive, metavar="B", help="default 1")
+    what.add_argument("--block", type=int, choices=BLOCK_SIZES, help="tile edge (default 128)")
+    what.add_argument("--dtype", choices=_DTYPES, help="default: float32 on CPU, bfloat16 on CUDA")
+    how = parser.add_argument_group("how")
+    how.add_argument("--backends", type=_list(str), metavar="R,…", help=f"among {', '.join(all_rivals())}")
+    how.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    how.add_argument("--seed", type=int, help="of inputs and random tiles (default: fresh, recorded)")
+    how.add_argument(
+        "--out", type=Path, default=Path("bench-results"), metavar="DIR", help="default bench-results"
+    )
+    how.add_argument(
+        "--replot", type=Path, metavar="FILE", help="only redraw table and plots from a bench.json"
+    )
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure and write ``bench.json``, ``bench.md`` and plots. 1 if nothing could be measured."""
+    if options.replot is not None:
+        _write_reports(_read(options.replot), options.replot.parent)
+        return 0
+    plan = plan_of(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("measuring", total=len(plan.cases) * len(plan.rivals))
+
+        def done(row: Row) -> None:
+            console.print(escape(report.row_line(row)), soft_wrap=True)
+            progress.update(task, advance=1, description=escape(row["case"]["label"]))
+
+        result = measure(plan, options.out / "bench.json", done)
+    _write_reports(result, options.out)
+    return 0 if any(row["status"] == "ok" for row in result["rows"]) else 1
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """The plan that the options ask for. Raises ArgumentError or PatternError for what cannot be."""
+    device = _device(options.device)
+    small = options.quick
+    if options.table is not None:
+        for name in (
+            "quick",
+            "lengths",
+            "patterns",
+            "densities",
+            "head_dim",
+            "heads",
+            "batch",
+            "block",
+            "dtype",
+        ):
+            if getattr(options, name):
+                flag = "--" + name.replace("_", "-")
+                raise ArgumentError(
+                    explain(
+                        "--table", expected="no option that changes the cases", got=flag, fix=f"Drop {flag}."
+                    )
+                )
+        chosen = cases.baselines()
+    else:
+        names = options.patterns or list(cases.TILE_PATTERNS)
+        for name in names:
+            if name not in cases.TILE_PATTERNS:
+                parse_pattern(name)
+        chosen = cases.grid(
+            names,
+            options.lengths or ([2048, 4096] if small else [4096, 8192, 16384]),
+            options.densities or ([0.0625, 0.25] if small else [0.015625, 0.03125, 0.0625, 0.125]),
+            batch=options.batch or 1,
+            heads=options.heads or (2 if small else 8),
+            head_dims=options.head_dim or [64],
+            dtype=options.dtype or ("float32" if device.type == "cpu" else "bfloat16"),
+            block=options.block or 128,
+        )
+    return Plan(
+        cases=chosen,
+        rivals=chosen_rivals(options.backends, device),
+        device=device,
+        budget_ms=60.0 if small else 150.0,
+        samples=64 if small else 256,
+        seed=int(torch.seed() % 2**31) if options.seed is None else options.seed,
+        arguments=sys.argv[1:],
+    )
+
+
+def _write_reports(result: dict[str, Any], folder: Path) -> None:
+    table = report.markdown(result)
+    (folder / "bench.md").write_text(table, encoding="utf-8")
+    print(table)
+    try:
+        plots = report.plot(result, folder)
+    except ImportError as error:
+        print(f"no plots: {error}. Install them with pip install 'sparsetile[plot]'.", file=sys.stderr)
+        plots = []
+    print("wrote " + ", ".join(str(path) for path in (folder / "bench.md", *plots)), file=sys.stderr)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        rows_are_there = isinstance(result["rows"], list) and result["provenance"]["versions"]
+    except (ValueError, KeyError, TypeError) as error:
+        rows_are_there = False
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        reason = "none of its keys"
+    if not rows_are_there:
+        raise DataError(
+            explain(
+                "--replot",
+                expected="a bench.json",
+                got=f"{path} ({reason})",
+                fix="Name the file bench wrote.",
+            )
+        )
+    loaded: dict[str, Any] = result
+    return loaded
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    known = device is not None and device.type in ("cpu", "cuda")
+    if (
+        device is None
+        or not known
+        or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count())
+    ):
+        raise ArgumentError(
+            explain(
+                "--device",
+                expected="cpu" + (" or cuda" if torch.cuda.is_available() else " (torch sees no GPU here)"),
+                got=repr(name),
+                fix="Run `sparsetile doctor` to see the devices.",
+            )
+        )
+    return device
+
+
+def _list(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A comma-separated option; commas inside brackets belong to an item (``Local(4, 2)``)."""
+
+    def parse(text: str) -> list[Any]:
+        parts, depth = [""], 0
+        for letter in text:
+            depth += (letter in "([") - (letter in ")]")
+            if letter == "," and depth == 0:
+                parts.append("")
+            else:
+                parts[-1] += letter
+        if not all(part.strip() for part in parts):
+            raise argparse.ArgumentTypeError(f"expected values with commas between them, got {text!r}")
+        return [item(part.strip()) for part in parts]
+
+    return parse
+
+
+def _density(text: str) -> float:
+    try:
+        density = float(text)
+    except ValueError:
+        density = 0.0
+    if not 0 < density <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0 and at most 1, got {text!r}")
+    return density
