@@ -90,7 +90,7 @@ def save_png(
     title: str = "",
     batch: int = 0,
     head: int = 0,
-    cells: int = 1024,
+    cells: int = 512,
 ) -> None:
     """Draw the layout of one head as PNG, with the tiles of each row beside it and its numbers below.
 
@@ -114,6 +114,7 @@ def save_png(
         interpolation="nearest",
         aspect="auto",
     )
+    axes.spines[:].set_visible(False)  # they would cover the first and last cells: global rows and columns
     axes.set(xlim=(0, about.k_len), ylim=(about.q_len, 0), xlabel="key (token)", ylabel="query (token)")
     axes.set_title(title or "block layout", fontsize=11, loc="left", wrap=True)
     for axis in (axes.xaxis, axes.yaxis):
@@ -125,10 +126,13 @@ def save_png(
     edges = (torch.arange(len(counts) + 1) * about.block_q).clamp(max=about.q_len)
     side.stairs(counts.numpy(), edges.numpy(), orientation="horizontal", fill=True, color=_unit(FULL_COLOUR))
     side.set_title("tiles a row", fontsize=9)
-    side.set_xscale("log" if about.row_min > 0 and about.row_max > 20 * about.row_min else "linear")
-    side.spines[["top", "right"]].set_visible(False)
-    if side.get_xscale() == "linear":
+    if about.row_min > 0 and about.row_max > 20 * about.row_min:
+        side.set(xscale="log", xlim=(1, 1.5 * about.row_max))
+        side.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        side.xaxis.set_minor_locator(ticker.NullLocator())
+    else:
         side.xaxis.set_major_locator(ticker.MaxNLocator(3, integer=True))
+    side.spines[["top", "right"]].set_visible(False)
     side.tick_params(labelleft=False, labelsize=8)
     for colour, label in ((FULL_COLOUR, "whole tiles"), (PARTIAL_COLOUR, "masked tiles")):
         axes.plot([], [], "s", color=_unit(colour), label=label)

@@ -45,7 +45,7 @@ def markdown(result: dict[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None),
         "",
         "Medians, forward and backward timed apart. × dense: fastest dense rival ÷ this row; × flex: "
-        f"FlexAttention ÷ this row. Peak: {result['memory']}. Error: {result['error']}; largest of dq, dk, dv.",
+        f"FlexAttention ÷ this row. Peak: {result['memory']}. Error: {result['error']}; grads: the largest.",
         "",
     ]
     for rows in _by_case(result["rows"]):
