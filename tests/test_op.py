@@ -31,7 +31,8 @@ def test_opcheck(features):
     args = (q, k, v, list(layout.tensors()), "", geometry, *biases, "auto")
     torch.library.opcheck(torch.ops.sparsetile.attention.default, args)
     torch.library.opcheck(
-        torch.ops.sparsetile.attention.default, (q, k, v, [], repr(PATTERN), geometry, *biases[:0], None, *biases[1:], "auto")
+        torch.ops.sparsetile.attention.default,
+        (q, k, v, [], repr(PATTERN), geometry, *biases[:0], None, *biases[1:], "auto"),
     )
 
 

@@ -121,6 +121,7 @@ def sparse_attention(
         >>> out.shape
         torch.Size([1, 4, 1000, 64])
     """
+    _check_types(query, key, value)
     query, key, value = _autocast(query, key, value)
     _check_tensors(query, key, value, enable_gqa)
     batch, heads, q_len, head_dim = query.shape
@@ -132,7 +133,9 @@ def sparse_attention(
         raise ArgumentError(explain("scale", expected="a finite number or None", got=scale, fix="Pass 1/√D."))
     if not 0.0 <= dropout_p < 1.0:
         raise ArgumentError(
-            explain("dropout_p", expected="0 ≤ p < 1", got=dropout_p, fix="Pass the share of weights to drop.")
+            explain(
+                "dropout_p", expected="0 ≤ p < 1", got=dropout_p, fix="Pass the share of weights to drop."
+            )
         )
     layout: BlockLayout | None = None
     text, geometry = "", (q_len, k_len, 0, 0, 1, 1)
@@ -202,7 +205,9 @@ def merge_attention(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """
     if not parts:
         raise ArgumentError(
-            explain("merge_attention", expected="one (out, lse) pair or more", got="none", fix="Pass the pairs.")
+            explain(
+                "merge_attention", expected="one (out, lse) pair or more", got="none", fix="Pass the pairs."
+            )
         )
     first_out, first_lse = parts[0]
     for out, lse in parts:
@@ -250,10 +255,12 @@ def _pattern_text(pattern: Pattern, is_causal: bool) -> tuple[str, bool]:
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast q, k, v take its dtype, as F.scaled_dot_product_attention's do."""
     kind = query.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return query, key, value
     dtype = torch.get_autocast_dtype(kind)
-    cast = [x.to(dtype) if x.dtype in _DTYPES and x.dtype != torch.float64 else x for x in (query, key, value)]
+    cast = [
+        x.to(dtype) if x.dtype in _DTYPES and x.dtype != torch.float64 else x for x in (query, key, value)
+    ]
     return cast[0], cast[1], cast[2]
 
 
@@ -261,12 +268,15 @@ def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
     return f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+def _check_types(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise ArgumentError(
                 explain(name, expected="a torch.Tensor", got=type(x).__name__, fix="Convert it first.")
             )
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         raise ArgumentError(
             explain(
@@ -308,7 +318,10 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
     if min(batch, heads, q_len, head_dim, kv_heads, k_len) < 1:
         raise ArgumentError(
             explain(
-                "shapes", expected="no empty dimension", got=_shapes(query, key, value), fix="Skip empty calls."
+                "shapes",
+                expected="no empty dimension",
+                got=_shapes(query, key, value),
+                fix="Skip empty calls.",
             )
         )
     if heads != kv_heads and not enable_gqa:

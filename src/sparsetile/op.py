@@ -212,9 +212,7 @@ def _fake_backward(
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, layout, pattern, geometry, tile_bias, attn_bias, key_padding_mask, seed, *settings = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        q, k, v, *output, tile_bias, attn_bias, key_padding_mask, seed, *layout
-    )
+    ctx.save_for_backward(q, k, v, *output, tile_bias, attn_bias, key_padding_mask, seed, *layout)
     ctx.pattern, ctx.geometry, ctx.settings = pattern, geometry, settings
 
 
