@@ -7,17 +7,21 @@ block), so row ``(b·heads + h)·q_blocks + i`` holds the tiles of query block `
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsetile.errors import LayoutError, PatternError, explain
 from sparsetile.layout import build, convert
+from sparsetile.layout.check import BLOCK_SIZES, first_broken, sizes
+from sparsetile.layout.topk import check_indices, topk_tensors
 from sparsetile.patterns.base import Pattern
 from sparsetile.patterns.tiles import Grid, mask_words, unpack
 
-BLOCK_SIZES = (16, 32, 64, 128)
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 FULL = build.FULL
 
 __all__ = ["BLOCK_SIZES", "FULL", "BlockLayout", "LayoutTensors", "mask_words"]
@@ -41,7 +45,7 @@ class LayoutTensors(NamedTuple):
     t_edges: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BlockLayout:
     """Tiles of ``block_q × block_k`` tokens, compressed by rows, with the transpose.
 
@@ -137,7 +141,7 @@ class BlockLayout:
                     fix="Use e.g. Local(1024) & Causal(), or parse_pattern() for text.",
                 )
             )
-        q_len, k_len, block_q, block_k = _sizes(q_len, k_len, block_size)
+        q_len, k_len, block_q, block_k = sizes(q_len, k_len, block_size)
         if heads is not None and (type(heads) is not int or heads < 1):
             raise LayoutError(
                 explain("heads", expected="an integer ≥ 1", got=repr(heads), fix="Give the query heads.")
@@ -186,7 +190,7 @@ class BlockLayout:
             block_k=block_k,
             batch=batch,
             heads=heads,
-            _memo={"nnz": rows.row.numel()},
+            _memo={"nnz": rows.row.numel(), "host_known": True},
         )
 
     @classmethod
@@ -197,9 +201,104 @@ class BlockLayout:
             mask: bool ``[Nq, Nk]``, ``[H, Nq, Nk]`` or ``[B, H, Nq, Nk]`` (B, H may be 1), on any device.
         """
         mask = convert.four_dims("from_dense_mask(mask)", mask)
-        q_len, k_len, block_q, block_k = _sizes(mask.shape[2], mask.shape[3], block_size)
+        q_len, k_len, block_q, block_k = sizes(mask.shape[2], mask.shape[3], block_size)
         rows = convert.dense_tiles(mask, block_q, block_k)
         return cls._of(rows, q_len, k_len, block_q, block_k, mask.shape[0], mask.shape[1])
+
+    @classmethod
+    def from_block_mask(
+        cls, mask: Tensor, q_len: int, k_len: int | None = None, block_size: int | tuple[int, int] = 128
+    ) -> BlockLayout:
+        """Whole tiles, one boolean each: bool ``[q_blocks, k_blocks]``, with leading ``H`` or ``B, H``."""
+        mask = convert.four_dims("from_block_mask(mask)", mask)
+        q_len, k_len, block_q, block_k = sizes(q_len, k_len, block_size)
+        rows = convert.block_tiles(mask, q_len, k_len, block_q, block_k)
+        layout = cls._of(rows, q_len, k_len, block_q, block_k, mask.shape[0], mask.shape[1])
+        return layout.to(mask.device)
+
+    @classmethod
+    def from_bsr(
+        cls,
+        blocks: Tensor,
+        cols: Tensor | None = None,
+        *,
+        q_len: int | None = None,
+        k_len: int | None = None,
+        block_size: int | tuple[int, int] | None = None,
+    ) -> BlockLayout:
+        """Whole tiles in compressed rows.
+
+        Args:
+            blocks: a ``torch.sparse_bsr`` tensor ``[…, Nq, Nk]`` whose stored blocks are the tiles (their
+                values are not looked at), or the row starts ``[…, q_blocks + 1]`` that belong to ``cols``.
+            cols: integer ``[…, tiles]`` key blocks, if ``blocks`` is row starts.
+            q_len, k_len, block_size: needed with ``cols``. For a sparse tensor the lengths default to its
+                shape and may be less by a part of a block; the block size is its own.
+        """
+        if cols is None:
+            if blocks.layout is not torch.sparse_bsr or not 2 <= blocks.dim() <= 4:
+                raise LayoutError(
+                    explain(
+                        "from_bsr",
+                        expected="a torch.sparse_bsr tensor of 2 to 4 dimensions, or row starts and cols",
+                        got=f"{blocks.layout} {list(blocks.shape)}",
+                        fix="Convert with tensor.to_sparse_bsr((block_q, block_k)).",
+                    )
+                )
+            own = tuple(blocks.values().shape[-2:])
+            starts, cols, lead = blocks.crow_indices(), blocks.col_indices(), blocks.shape[:-2]
+            q_len = blocks.shape[-2] if q_len is None else q_len
+            k_len = blocks.shape[-1] if k_len is None else k_len
+            block_size = (own[0], own[1]) if block_size is None else block_size
+        else:
+            starts, lead = blocks, blocks.shape[:-1]
+        if q_len is None or block_size is None or len(lead) > 2:
+            raise LayoutError(
+                explain(
+                    "from_bsr(starts, cols)",
+                    expected="q_len, block_size and at most two leading dimensions",
+                    got=f"q_len={q_len}, block_size={block_size}, starts {list(starts.shape)}",
+                    fix="Row starts and columns alone do not say how long the sequence is.",
+                )
+            )
+        q_len, k_len, block_q, block_k = sizes(q_len, k_len, block_size)
+        row, col, groups = convert.compressed_rows(starts, cols, -(-q_len // block_q), -(-k_len // block_k))
+        rows = convert.whole_tiles(row, col, q_len, k_len, block_q, block_k, groups)
+        heads = lead[-1] if lead else 1
+        return cls._of(rows, q_len, k_len, block_q, block_k, groups // heads, heads).to(starts.device)
+
+    @classmethod
+    def from_flex(cls, mask: BlockMask) -> BlockLayout:
+        """The tiles of a FlexAttention block mask; its ``mask_mod`` is evaluated on partial blocks alone."""
+        q_len, k_len, block_q, block_k = sizes(*mask.seq_lengths, mask.BLOCK_SIZE)
+        batch, heads = mask.kv_num_blocks.shape[:2]
+        rows = convert.flex_tiles(mask, q_len, k_len, block_q, block_k)
+        return cls._of(rows, q_len, k_len, block_q, block_k, batch, heads).to(mask.kv_num_blocks.device)
+
+    @classmethod
+    def from_topk(
+        cls,
+        indices: Tensor,
+        q_len: int,
+        k_len: int | None = None,
+        block_size: int | tuple[int, int] = 128,
+        is_causal: bool = False,
+    ) -> BlockLayout:
+        """The tiles that a model chose, without a host sync.
+
+        Args:
+            indices: integers ``[B or 1, H or 1, q_blocks, k]`` on any device: key blocks of each query block.
+                Repeats, and values that name no key block (such as −1), are ignored.
+            is_causal: drop tiles that lie in the future and mask the diagonal.
+
+        Returns:
+            a layout with ``capacity = indices.numel()``; the tile count stays on the device.
+        """
+        q_len, k_len, block_q, block_k = sizes(q_len, k_len, block_size)
+        check_indices(indices, -(-q_len // block_q))
+        tensors = topk_tensors(indices, q_len, k_len, block_q, block_k, is_causal)
+        batch, heads = indices.shape[:2]
+        return cls(*LayoutTensors(*tensors), q_len, k_len, block_q, block_k, batch, heads)
 
     # -- views ----------------------------------------------------------------------------------------
 
@@ -220,15 +319,15 @@ class BlockLayout:
     @property
     def causal_density(self) -> float:
         """Tiles in the causal triangle ÷ all tiles that hold a pair with key at or before query."""
-        row, col = self._tiles()
+        row, col = self.rows_and_columns()
         last = torch.arange(1, self.q_blocks + 1, device=self.device) * self.block_q
         last = last.clamp(max=self.q_len) + (self.k_len - self.q_len - 1)
         reach = torch.div(last, self.block_k, rounding_mode="floor")
         every = int((reach + 1).clamp(min=0).sum()) * self.batch * self.heads
         return int((col <= reach[row % self.q_blocks]).sum()) / every
 
-    def _tiles(self) -> tuple[Tensor, Tensor]:
-        """Flattened row and key block of each tile, int64."""
+    def rows_and_columns(self) -> tuple[Tensor, Tensor]:
+        """Flattened row and key block of each tile, int64 ``[nnz]``."""
         rows = torch.arange(self.indptr.numel() - 1, device=self.device)
         row = rows.repeat_interleave(self.row_counts().long(), output_size=self.nnz)
         return row, self.indices[: self.nnz].long()
@@ -247,7 +346,9 @@ class BlockLayout:
         device = torch.device(device)
         if device.type == self.device.type and device.index in (None, self.device.index):
             return self
-        known = {"nnz": self._memo["nnz"]} if "nnz" in self._memo else {}
+        known: dict[str, object] = {
+            name: self._memo[name] for name in ("nnz", "host_known") if name in self._memo
+        }
         return replace(self, **{n: t.to(device) for n, t in self.tensors()._asdict().items()}, _memo=known)
 
     def to_dense(self, head: int = 0, batch: int = 0) -> Tensor:
@@ -277,27 +378,25 @@ class BlockLayout:
         dense = out.transpose(1, 2).reshape(self.q_blocks * self.block_q, self.k_blocks * self.block_k)
         return dense[: self.q_len, : self.k_len]
 
+    def to_flex(self) -> BlockMask:
+        """This layout as a FlexAttention block mask, whose ``mask_mod`` reads the bit masks.
 
-def _sizes(q_len: int, k_len: int | None, block_size: int | tuple[int, int]) -> tuple[int, int, int, int]:
-    """``(q_len, k_len, block_q, block_k)``, checked."""
-    k_len = q_len if k_len is None else k_len
-    if type(q_len) is not int or type(k_len) is not int or q_len < 1 or k_len < 1:
-        raise LayoutError(
-            explain(
-                "q_len, k_len",
-                expected="integers ≥ 1",
-                got=(q_len, k_len),
-                fix="Lengths count tokens.",
-            )
+        FlexAttention's own form takes memory in O(q_blocks · k_blocks).
+        """
+        return convert.to_flex(self)
+
+    def validate(self) -> None:
+        """Raises LayoutError that names the first broken invariant of the class. Syncs with the device."""
+        broken = first_broken(self)
+        if broken is not None:
+            raise LayoutError(f"{self!r} is malformed: {broken}")
+
+    def __repr__(self) -> str:
+        if "nnz" in self._memo:
+            tiles = f"tiles={self.nnz} ({100 * self.density:.3g} %)"
+        else:
+            tiles = f"tiles≤{self.capacity}"
+        return (
+            f"BlockLayout({self.q_len}×{self.k_len} tokens, blocks {self.block_q}×{self.block_k}, "
+            f"batch={self.batch}, heads={self.heads}, {tiles}, masks={self.masks.shape[0]}, {self.device})"
         )
-    pair = block_size if isinstance(block_size, (tuple, list)) else (block_size, block_size)
-    if len(pair) != 2 or any(type(n) is not int or n not in BLOCK_SIZES for n in pair):
-        raise LayoutError(
-            explain(
-                "block_size",
-                expected=f"one of {BLOCK_SIZES}, or a pair of them",
-                got=repr(block_size),
-                fix="128 suits GPUs; smaller blocks follow fine patterns with fewer wasted pairs.",
-            )
-        )
-    return q_len, k_len, pair[0], pair[1]

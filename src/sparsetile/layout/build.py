@@ -26,7 +26,7 @@ from sparsetile.patterns.tiles import (
 )
 
 FULL = -1
-_EMPTY = -2
+EMPTY = -2
 _INT32_TILES = 2**31 - 1
 
 
@@ -68,8 +68,8 @@ def tiles_of(pattern: Pattern, grid: Grid) -> Rows:
             words = words & valid_words(few)
         ids, masks = distinct(words, grid.block_k)
         mask_ids[undecided] = ids.index_select(0, index)
-        if (ids == _EMPTY).any():
-            kept = (mask_ids != _EMPTY).nonzero().flatten()
+        if (ids == EMPTY).any():
+            kept = (mask_ids != EMPTY).nonzero().flatten()
             tiles, mask_ids = tiles.pick(kept), mask_ids.index_select(0, kept)
     return Rows(tiles.row, tiles.col, mask_ids, masks)
 
@@ -99,6 +99,14 @@ def expand(spans: Span, grid: Grid) -> Tiles:
     col = torch.arange(total) + (lo.flatten() - ends + sizes).index_select(0, span)
     row = span if count == 1 else torch.div(span, count, rounding_mode="floor")
     return Tiles(grid, row, col)
+
+
+def cut_tiles(tiles: Tiles) -> tuple[Tiles, Tensor]:
+    """One tile for each size that the ends of the sequence leave, and each tile's place among them."""
+    grid = tiles.grid
+    sizes = combine([Key(tiles.q1 - tiles.q0, grid.block_q), Key(tiles.k1 - tiles.k0, grid.block_k)])
+    which, index = representatives(sizes.values)
+    return tiles.pick(which), index
 
 
 def hangs_over(tiles: Tiles) -> Tensor:
@@ -136,9 +144,7 @@ def distinct(words: Tensor, block_k: int) -> tuple[Tensor, Tensor]:
     flat = words.flatten(1)
     least, most = flat.aminmax(dim=1)
     uniform = least == most
-    ids = torch.where(
-        uniform & (least == 0), _EMPTY, torch.where(uniform & (least == ones(block_k)), FULL, 0)
-    )
+    ids = torch.where(uniform & (least == 0), EMPTY, torch.where(uniform & (least == ones(block_k)), FULL, 0))
     partial = (ids == 0).nonzero().flatten()
     if not partial.numel():
         return ids.to(torch.int32), words[:0]
