@@ -1,4 +1,4 @@
-"""sparse_attention equals F.scaled_dot_product_attention under the pattern's dense mask; bad input says so."""
+"""sparse_attention equals F.scaled_dot_product_attention under the dense mask; bad input says so."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""``sparse_attention`` and ``merge_attention``: the functions a user calls, and the one place that validates."""
+"""``sparse_attention`` and ``merge_attention``: the functions a user calls, where everything is validated."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ import torch
 from torch import Tensor
 
 from sparsetile import op
-from sparsetile.errors import ArgumentError, LayoutError, explain
+from sparsetile.arguments import (
+    FLOATS,
+    check_bias,
+    check_layout,
+    check_mask,
+    check_tensors,
+    check_types,
+    checked_tile_bias,
+)
+from sparsetile.errors import ArgumentError, explain
 from sparsetile.kernels.dropout import draw_seed
 from sparsetile.kernels.select import check_name
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.cache import cached_layout
 from sparsetile.patterns import Causal, Pattern
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @overload
@@ -97,13 +104,14 @@ def sparse_attention(
         key_padding_mask: bool ``[B, Nk]``, True = ignore this key, as in ``nn.MultiheadAttention``.
         attn_bias: ``[B or 1, H or 1, Nq, Nk]``, added to the scaled logits; −inf forbids. Dense: N² memory is
             the caller's.
-        tile_bias: fp32 ``[tiles]`` or ``[B or 1, H or 1, tiles]`` in the order of ``layout.indices``: one value
-            added to every logit of a tile, with gradient.
+        tile_bias: fp32 ``[tiles]`` or ``[B or 1, H or 1, tiles]`` in the order of ``layout.indices``: one
+            value added to every logit of a tile, with gradient.
         block_size: tile edge in tokens (or (query, key) edges) for the layout of a Pattern: 16, 32, 64, 128.
         enable_gqa: allow fewer key-value heads than query heads (query head h reads ``h // (H // Hkv)``).
         deterministic: require gradients that are bitwise equal run to run. Every backend meets this today.
         backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``. A named backend serves or raises.
-        return_lse: also return the natural log-sum-exp ``[B, H, Nq]``, differentiable, for :func:`merge_attention`.
+        return_lse: also return the natural log-sum-exp ``[B, H, Nq]``, differentiable, for
+            :func:`merge_attention`.
 
     Returns:
         ``[B, H, Nq, D]`` in query's dtype; with ``return_lse`` a tuple with the fp32 log-sum-exp.
@@ -121,10 +129,10 @@ def sparse_attention(
         >>> out.shape
         torch.Size([1, 4, 1000, 64])
     """
-    _check_types(query, key, value)
+    check_types(query, key, value)
     query, key, value = _autocast(query, key, value)
-    _check_tensors(query, key, value, enable_gqa)
-    batch, heads, q_len, head_dim = query.shape
+    check_tensors(query, key, value, enable_gqa)
+    _, heads, q_len, head_dim = query.shape
     k_len = key.shape[2]
     check_name(backend)
     if scale is None:
@@ -150,7 +158,7 @@ def sparse_attention(
                     fix="Build it as BlockLayout.from_pattern(pattern & Causal(), …).",
                 )
             )
-        _check_layout(layout, query, k_len)
+        check_layout(layout, query, k_len)
     elif isinstance(pattern, Pattern):
         block_q, block_k = (block_size, block_size) if isinstance(block_size, int) else block_size
         if torch.compiler.is_compiling():
@@ -167,9 +175,9 @@ def sparse_attention(
                 fix="For a dense boolean mask use BlockLayout.from_dense_mask(mask).",
             )
         )
-    _check_mask(key_padding_mask, query, k_len)
-    _check_bias(attn_bias, query, k_len)
-    tile_bias = _checked_tile_bias(tile_bias, query, layout)
+    check_mask(key_padding_mask, query, k_len)
+    check_bias(attn_bias, query, k_len)
+    tile_bias = checked_tile_bias(tile_bias, query, layout)
     out, lse = op.attention(
         query,
         key,
@@ -195,7 +203,7 @@ def merge_attention(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     2018, arXiv:1805.02867, eq. 4): one softmax over all keys. Differentiable in every out and lse.
 
     Args:
-        parts: pairs (out ``[..., N, D]``, lse ``[..., N]``) as ``sparse_attention(..., return_lse=True)`` gives.
+        parts: pairs (out ``[..., N, D]``, lse ``[..., N]``), as ``return_lse=True`` gives.
 
     Returns:
         (out, lse) of the union; rows without keys in any part keep output 0 and lse −inf.
@@ -211,18 +219,19 @@ def merge_attention(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         )
     first_out, first_lse = parts[0]
     for out, lse in parts:
+        shape, rows = list(first_out.shape), list(first_out.shape[:-1])
         if out.shape != first_out.shape or lse.shape != first_lse.shape or out.shape[:-1] != lse.shape:
             raise ArgumentError(
                 explain(
                     "merge_attention",
-                    expected=f"out {list(first_out.shape)} with lse {list(first_out.shape[:-1])} in every part",
+                    expected=f"out {shape} with lse {rows} in every part",
                     got=f"out {list(out.shape)} with lse {list(lse.shape)}",
                     fix="Merge parts of the same queries only.",
                 )
             )
     lses = torch.stack([lse for _, lse in parts])
-    # A row that no part serves has lse −inf everywhere; a finite stand-in keeps its value and gradient at zero
-    # where −inf − (−inf) would give NaN.
+    # A row that no part serves has lse −inf everywhere; a finite stand-in keeps its value and gradient at
+    # zero where −inf − (−inf) would give NaN.
     empty = torch.isneginf(lses).all(dim=0)
     total = torch.logsumexp(lses.masked_fill(empty, 0.0), dim=0)
     weights = torch.exp(lses.masked_fill(empty, -math.inf) - total).unsqueeze(-1)
@@ -258,190 +267,5 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return query, key, value
     dtype = torch.get_autocast_dtype(kind)
-    cast = [
-        x.to(dtype) if x.dtype in _DTYPES and x.dtype != torch.float64 else x for x in (query, key, value)
-    ]
+    cast = [x.to(dtype) if x.dtype in FLOATS and x.dtype != torch.float64 else x for x in (query, key, value)]
     return cast[0], cast[1], cast[2]
-
-
-def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
-    return f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
-
-
-def _check_types(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise ArgumentError(
-                explain(name, expected="a torch.Tensor", got=type(x).__name__, fix="Convert it first.")
-            )
-
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
-        raise ArgumentError(
-            explain(
-                "query, key, value",
-                expected="[B, H, N, D] each",
-                got=_shapes(query, key, value),
-                fix="Add a batch or head dimension with unsqueeze; from [B, N, H, D] use transpose(1, 2).",
-            )
-        )
-    if not (query.dtype == key.dtype == value.dtype) or query.dtype not in _DTYPES:
-        raise ArgumentError(
-            explain(
-                "dtypes",
-                expected="one of float16, bfloat16, float32, float64, the same for all three",
-                got=f"query {query.dtype}, key {key.dtype}, value {value.dtype}",
-                fix="Cast them to one dtype.",
-            )
-        )
-    if not (query.device == key.device == value.device):
-        raise ArgumentError(
-            explain(
-                "devices",
-                expected="query, key and value on one device",
-                got=f"query {query.device}, key {key.device}, value {value.device}",
-                fix="Move them with .to(device).",
-            )
-        )
-    batch, heads, q_len, head_dim = query.shape
-    kv_batch, kv_heads, k_len, kv_dim = key.shape
-    if key.shape != value.shape or kv_batch != batch or kv_dim != head_dim:
-        raise ArgumentError(
-            explain(
-                "shapes",
-                expected="query [B, H, Nq, D]; key and value both [B, Hkv, Nk, D]",
-                got=_shapes(query, key, value),
-                fix="B and D are shared by all three; key and value agree in every dimension.",
-            )
-        )
-    if min(batch, heads, q_len, head_dim, kv_heads, k_len) < 1:
-        raise ArgumentError(
-            explain(
-                "shapes",
-                expected="no empty dimension",
-                got=_shapes(query, key, value),
-                fix="Skip empty calls.",
-            )
-        )
-    if heads != kv_heads and not enable_gqa:
-        raise ArgumentError(
-            explain(
-                "heads",
-                expected=f"{heads} key-value heads, as query has",
-                got=kv_heads,
-                fix="Pass enable_gqa=True if groups of query heads share a key-value head.",
-            )
-        )
-    if heads % kv_heads:
-        raise ArgumentError(
-            explain(
-                "heads",
-                expected=f"query heads that are a multiple of the {kv_heads} key-value heads",
-                got=heads,
-                fix="Change the head counts.",
-            )
-        )
-
-
-def _check_layout(layout: BlockLayout, query: Tensor, k_len: int) -> None:
-    batch, heads, q_len, _ = query.shape
-    if (layout.q_len, layout.k_len) != (q_len, k_len):
-        raise LayoutError(
-            explain(
-                "layout lengths",
-                expected=f"q_len {q_len} and k_len {k_len}, as the tensors have",
-                got=f"q_len {layout.q_len} and k_len {layout.k_len}",
-                fix="Build the layout for these lengths, or pass the Pattern and let the cache build it.",
-            )
-        )
-    if layout.batch not in (1, batch) or layout.heads not in (1, heads):
-        raise LayoutError(
-            explain(
-                "layout batch and heads",
-                expected=f"batch 1 or {batch}, heads 1 or {heads}",
-                got=f"batch {layout.batch}, heads {layout.heads}",
-                fix="Build the layout for this batch and these heads, or share one with 1.",
-            )
-        )
-    if layout.device != query.device:
-        raise LayoutError(
-            explain(
-                "layout device",
-                expected=str(query.device),
-                got=str(layout.device),
-                fix=f"Move it with layout.to({str(query.device)!r}).",
-            )
-        )
-
-
-def _check_mask(mask: Tensor | None, query: Tensor, k_len: int) -> None:
-    if mask is None:
-        return
-    expected = (query.shape[0], k_len)
-    if mask.dtype != torch.bool or tuple(mask.shape) != expected or mask.device != query.device:
-        raise ArgumentError(
-            explain(
-                "key_padding_mask",
-                expected=f"bool {list(expected)} on {query.device}, True = ignore the key",
-                got=f"{mask.dtype} {list(mask.shape)} on {mask.device}",
-                fix="For lengths use torch.arange(Nk) >= lengths[:, None].",
-            )
-        )
-
-
-def _check_bias(bias: Tensor | None, query: Tensor, k_len: int) -> None:
-    if bias is None:
-        return
-    batch, heads, q_len, _ = query.shape
-    fits = (
-        bias.dim() == 4
-        and bias.shape[0] in (1, batch)
-        and bias.shape[1] in (1, heads)
-        and tuple(bias.shape[2:]) == (q_len, k_len)
-    )
-    full = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if not fits or bias.dtype not in (query.dtype, full) or bias.device != query.device:
-        raise ArgumentError(
-            explain(
-                "attn_bias",
-                expected=f"[{batch} or 1, {heads} or 1, {q_len}, {k_len}] in {query.dtype} or {full} on {query.device}",
-                got=f"{list(bias.shape)} in {bias.dtype} on {bias.device}",
-                fix="A boolean mask belongs into the layout: BlockLayout.from_dense_mask(mask).",
-            )
-        )
-
-
-def _checked_tile_bias(bias: Tensor | None, query: Tensor, layout: BlockLayout | None) -> Tensor | None:
-    if bias is None:
-        return None
-    if layout is None:
-        raise ArgumentError(
-            explain(
-                "tile_bias under torch.compile",
-                expected="a BlockLayout, whose tiles the bias counts",
-                got="a Pattern",
-                fix="Build the layout outside of the compiled function.",
-            )
-        )
-    batches = (1, query.shape[0]) if layout.batch == 1 else (1,)
-    heads = (1, query.shape[1]) if layout.heads == 1 else (1,)
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    shaped = bias[None, None] if bias.dim() == 1 else bias
-    fits = (
-        shaped.dim() == 3
-        and shaped.shape[0] in batches
-        and shaped.shape[1] in heads
-        and shaped.shape[2] == layout.capacity
-    )
-    if not fits or bias.dtype != dtype or bias.device != query.device:
-        either = f"[{layout.capacity}] or [{' or '.join(map(str, batches))}, {' or '.join(map(str, heads))}, {layout.capacity}]"
-        raise ArgumentError(
-            explain(
-                "tile_bias",
-                expected=f"{either} in {dtype} on {query.device}, one value a tile of layout.indices",
-                got=f"{list(bias.shape)} in {bias.dtype} on {bias.device}",
-                fix="A layout with batch or heads of its own has a tile for each, so those dimensions are 1.",
-            )
-        )
-    return shaped

@@ -1,8 +1,9 @@
 """The operators ``sparsetile::attention`` and ``sparsetile::attention_backward``.
 
 They carry a layout as a flat list of tensors, so PyTorch's dispatcher, ``torch.compile`` and
-``torch.export`` see ordinary tensor operators with fake kernels and autograd. A compiled graph cannot hold the
-cache's layout objects, so there a pattern travels as its text and the operator asks the cache when it runs.
+``torch.export`` see ordinary tensor operators with fake kernels and autograd. A compiled graph cannot hold
+the cache's layout objects, so there a pattern travels as its text and the operator asks the cache when it
+runs.
 Validation is not done here: ``functional.sparse_attention`` is the one door.
 """
 
@@ -18,19 +19,20 @@ from torch import Tensor
 from sparsetile.errors import BackendError
 from sparsetile.kernels.request import Request
 from sparsetile.kernels.select import choose
-from sparsetile.layout.blocks import BlockLayout, memo_of
+from sparsetile.layout.blocks import BlockLayout, LayoutTensors, memo_of
 from sparsetile.layout.cache import cached_layout
 from sparsetile.patterns import parse_pattern
 
 _LIBRARY = torch.library.Library("sparsetile", "DEF")
 _CALL = (
-    "Tensor[] layout, str pattern, SymInt[] geometry, Tensor? tile_bias, Tensor? attn_bias, Tensor? key_padding_mask, "
-    "Tensor? seed, float scale, float dropout_p, str backend"
+    "Tensor[] layout, str pattern, SymInt[] geometry, Tensor? tile_bias, Tensor? attn_bias, "
+    "Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p, str backend"
 )
 _LIBRARY.define(f"attention(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)")
 _LIBRARY.define(
-    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_CALL}, bool tile_bias_grad, bool attn_bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor lse, {_CALL}, bool tile_bias_grad, bool attn_bias_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -84,7 +86,7 @@ def _layout(q: Tensor, tensors: Sequence[Tensor], pattern: str, geometry: Sequen
         by_head = heads if parsed.needs_heads else None
         return cached_layout(parsed, q_len, k_len, (block_q, block_k), q.device, by_head)
     return BlockLayout(
-        *tensors,
+        **LayoutTensors(*tensors)._asdict(),
         q_len=q_len,
         k_len=k_len,
         block_q=block_q,
