@@ -1,0 +1,1 @@
+"""Backends that compute block-sparse attention over a BlockLayout."""
