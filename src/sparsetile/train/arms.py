@@ -1,0 +1,88 @@
+"""The arms of a comparison: the pattern asked for, dense attention, and the pattern's window alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsetile.errors import PatternError, explain
+from sparsetile.functional import sparse_attention
+from sparsetile.layout.blocks import BlockLayout
+from sparsetile.patterns import Causal, Local, Pattern, parse_pattern
+from sparsetile.train.model import Attention, ModelConfig
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of attending: ``attention`` is a pattern's text, or "dense"."""
+
+    name: str
+    attention: str
+
+
+def default_pattern(context: int, heads: int, block: int) -> str:
+    """A window, and a stride by which the heads share out everything before it.
+
+    Head ``h`` attends every ``heads``-th tile, starting ``h`` tiles back: together the heads of one layer
+    reach every earlier tile at ``1 / heads`` of the cost.
+    """
+    window = min(max(context // 64, block, 128), 1024)
+    return f"Local({window}) | Strided({heads * block}, head_shift={block})"
+
+
+def compared(attention: str, context: int, heads: int, block: int) -> list[Arm]:
+    """The arms of ``--compare``; where dense attention is asked for, the default pattern joins it."""
+    text = default_pattern(context, heads, block) if attention == DENSE else attention
+    window = window_of(parse_pattern(text))
+    if window is None:
+        raise PatternError(
+            explain(
+                "--compare",
+                expected="a pattern with a Local(...) part, to train next to that window alone",
+                got=text,
+                fix=f"Add one, as in 'Local(128) | {text}'.",
+            )
+        )
+    return [Arm("pattern", text), Arm("dense", DENSE), Arm("window alone", f"Local({window})")]
+
+
+def window_of(pattern: Pattern) -> int | None:
+    """Tokens back that the widest Local within ``pattern`` reaches; None without one."""
+    windows = [pattern.left] if isinstance(pattern, Local) else []
+    windows += [found for child in pattern.children if (found := window_of(child)) is not None]
+    return max(windows, default=None)
+
+
+def attention_of(
+    arm: Arm, model: ModelConfig, context: int, block: int, device: torch.device
+) -> tuple[Attention, float]:
+    """The arm's attention over ``context`` tokens, and its density: its share of the causal triangle's tiles.
+
+    Raises:
+        PatternError: the pattern cannot be read, or does not fit the context.
+    """
+    if arm.attention == DENSE:
+        return _dense, 1.0
+    pattern = parse_pattern(arm.attention) & Causal()
+    layout = BlockLayout.from_pattern(
+        pattern,
+        q_len=context,
+        k_len=context,
+        block_size=block,
+        device=device,
+        heads=model.heads if pattern.needs_heads else None,
+    )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sparse_attention(q, k, v, layout, enable_gqa=True)
+
+    return attend, layout.causal_density
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

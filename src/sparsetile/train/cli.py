@@ -1,0 +1,329 @@
+"""``sparsetile train``: arguments, what they default to on this machine, and the run."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sparsetile.cli import positive, token_count
+from sparsetile.environment import provenance
+from sparsetile.errors import ArgumentError, CheckpointError, explain
+from sparsetile.layout.blocks import BLOCK_SIZES
+from sparsetile.patterns import parse_pattern
+from sparsetile.train import report
+from sparsetile.train.arms import DENSE, Arm, compared, default_pattern, window_of
+from sparsetile.train.checkpoint import load_checkpoint
+from sparsetile.train.data import Corpus, Planting, Sequences, load_corpus
+from sparsetile.train.loop import Settings
+from sparsetile.train.model import ModelConfig
+from sparsetile.train.process import ArmFailed, measured, trained
+
+_SPAN = 64
+_PLANTED = 0.25
+# What one machine does in about three minutes, and the other in about seven.
+_SIZES = {
+    "cpu": {
+        "context": 4096,
+        "tokens": 4096,
+        "layers": 2,
+        "width": 128,
+        "heads": 4,
+        "kv_heads": 2,
+        "block": 64,
+    },
+    "cuda": {
+        "context": 131072,
+        "tokens": 65536,
+        "layers": 4,
+        "width": 512,
+        "heads": 8,
+        "kv_heads": 2,
+        "block": 128,
+    },
+}
+_MINUTES = {"cpu": 3.0, "cuda": 7.0}
+# Starting a process, importing torch, reading the data; on a GPU also compiling.
+_START_SECONDS = {"cpu": 6.0, "cuda": 15.0}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``sparsetile train``."""
+    parser.epilog = (
+        "examples:\n"
+        "  sparsetile train --compare\n"
+        "  sparsetile train --compare --equal-time --minutes 6 --context 32K\n"
+        "  sparsetile train --attention 'Local(512) | Strided(512, head_shift=64)' --context 8K --steps 500\n"
+        "  sparsetile train --attention dense --data ~/books --checkpoint run.pt\n"
+        "  sparsetile train --attention dense --data ~/books --checkpoint run.pt --resume\n"
+        "\n"
+        "Sizes that are not given follow the device: context 4096 on a CPU, 131072 on a GPU."
+    )
+    add = parser.add_argument
+    add(
+        "--attention",
+        metavar="PATTERN",
+        help="a pattern (made causal), or 'dense'; default: fits the context",
+    )
+    add("--compare", action="store_true", help="train three arms alike: the pattern, dense, its window alone")
+    add("--data", metavar="PATH", help="file or folder to train on (default: Python's own standard library)")
+    add("--context", type=token_count, metavar="N", help="bytes that the model sees at once: 4096, 32K")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--steps", type=positive, metavar="N", help="steps of each arm (default: fit --minutes)"
+    )
+    length.add_argument(
+        "--equal-time", action="store_true", help="equal training time, not steps, for each arm"
+    )
+    add(
+        "--minutes", type=_above_zero, metavar="M", help="all arms together (default: 3 on a CPU, 7 on a GPU)"
+    )
+    add("--batch", type=positive, metavar="B", help="sequences in a step")
+    add("--layers", type=positive, metavar="L", help="transformer layers")
+    add("--width", type=positive, metavar="W", help="channels; a multiple of 8·heads")
+    add("--heads", type=positive, metavar="H", help="query heads")
+    add("--kv-heads", type=positive, metavar="H", help="key-value heads; divide --heads")
+    add("--block", type=int, choices=BLOCK_SIZES, help="tile edge (default 64 on a CPU, 128 on a GPU)")
+    add("--lr", type=_above_zero, metavar="R", help="highest learning rate (default 1/width, at most 0.008)")
+    add("--plant", type=_fraction, metavar="F", help="share of bytes in far repeats (default 0.25; 0: none)")
+    add("--seed", type=int, default=0, metavar="S", help="of weights and data order (default 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="default: bf16 on a GPU, else fp32")
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        help="save here every 30 s and at the end (--compare: one file an arm)",
+    )
+    add("--resume", action="store_true", help="go on from --checkpoint")
+    add(
+        "--out", metavar="DIR", default="runs/train", help="for train.json and train.png (default runs/train)"
+    )
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 0.5:
+        raise argparse.ArgumentTypeError(f"expected a share between 0 and 0.5, got {text!r}")
+    return value
+
+
+def main(args: argparse.Namespace) -> int:
+    """Trains what ``args`` ask for; 0 if every arm has a result.
+
+    Raises:
+        SparsetileError: what is wrong with the arguments, the data or a checkpoint, in one line.
+    """
+    console = Console()
+    settings, arms, corpus = resolve(args)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    _introduce(console, settings, corpus)
+    settings = _with_length(console, args, settings, arms)
+    results = [_train(console, arm, _of_arm(settings, arm, arms), args.data) for arm in arms]
+    console.print()
+    console.print(report.table(results))
+    for sentence in report.sentences(results) if len(arms) > 1 else []:
+        console.print(sentence)
+    missing = report.draw(out / "train.png", results)
+    report.write(
+        out / "train.json",
+        {
+            "command": "train",
+            **provenance(),
+            "settings": asdict(settings),
+            "equal": "time" if args.equal_time else "steps",
+            "data": {"description": corpus.description, "sha256": corpus.digest},
+            "arms": results,
+        },
+    )
+    console.print(missing or f"Curves: {out / 'train.png'}")
+    console.print(f"Results: {out / 'train.json'}")
+    return 1 if any("failed" in result for result in results) else 0
+
+
+def resolve(args: argparse.Namespace) -> tuple[Settings, list[Arm], Corpus]:
+    """The settings that ``args`` and this machine lead to; raises SparsetileError where they cannot be."""
+    device = _device(args.device)
+    sizes = _SIZES[device]
+
+    def size(name: str) -> int:
+        given: int | None = getattr(args, name)
+        return sizes[name] if given is None else given
+
+    model = ModelConfig(size("layers"), size("width"), size("heads"), size("kv_heads"))
+    context, block = size("context"), size("block")
+    if args.resume and not args.checkpoint:
+        raise ArgumentError(
+            explain("--resume", expected="--checkpoint FILE", got="none", fix="Name the file to go on from.")
+        )
+    attention = args.attention or default_pattern(context, model.heads, block)
+    if args.compare:
+        arms = compared(attention, context, model.heads, block)
+    else:
+        if attention != DENSE:
+            parse_pattern(attention)
+        arms = [Arm(DENSE if attention == DENSE else "pattern", attention)]
+    corpus = load_corpus(args.data)
+    return (
+        Settings(
+            model=model,
+            context=context,
+            batch=args.batch or max(1, sizes["tokens"] // context),
+            block=block,
+            lr=args.lr or min(0.008, 1.0 / model.width),
+            seed=args.seed,
+            device=device,
+            dtype=("bf16" if device == "cuda" else "fp32") if args.dtype == "auto" else args.dtype,
+            planting=_planting(args, arms, model, context, block, corpus),
+            held_out_sequences=max(4, min(8, (1 << 18) // context)),
+            steps=args.steps,
+            checkpoint=args.checkpoint,
+            resume=args.resume,
+        ),
+        arms,
+        corpus,
+    )
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError(
+            explain(
+                "--device",
+                expected="a device of this machine",
+                got="cuda, and torch sees no GPU",
+                fix="Leave --device out, or ask `sparsetile doctor`.",
+            )
+        )
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _planting(
+    args: argparse.Namespace, arms: list[Arm], model: ModelConfig, context: int, block: int, corpus: Corpus
+) -> Planting | None:
+    text = arms[0].attention
+    window = window_of(parse_pattern(text)) if text != DENSE else None
+    if window is None:
+        window = window_of(parse_pattern(default_pattern(context, model.heads, block))) or 0
+    # A layer passes information on by a window and the three bytes of the token shift.
+    far = model.layers * (window + 3) + 2
+    asked = Planting(_SPAN, far, _PLANTED if args.plant is None else args.plant)
+    # Where nobody asked for repeats, nothing is compared and they have no room, there are none.
+    left_out = args.plant == 0 or (args.plant is None and not args.compare and not asked.fits(context))
+    planting = None if left_out else asked
+    Sequences(corpus, context, args.seed, planting)
+    return planting
+
+
+def _introduce(console: Console, settings: Settings, corpus: Corpus) -> None:
+    model = settings.model
+    console.print(f"Data: {corpus.description}")
+    console.print(
+        f"Model: {model.layers} layers, width {model.width}, {model.heads} heads, {model.kv_heads} of keys; "
+        f"{settings.batch} × {settings.context:,} bytes a step, {settings.dtype} on {settings.device}"
+    )
+    if settings.planting is None:
+        console.print("Far repeats: none planted")
+        return
+    planting = settings.planting
+    console.print(
+        f"Far repeats: {planting.fraction:.0%} of the bytes are random spans of {planting.span} bytes and "
+        f"their copies, more than {planting.far:,} bytes later"
+    )
+
+
+def _with_length(console: Console, args: argparse.Namespace, settings: Settings, arms: list[Arm]) -> Settings:
+    """How long each arm trains: as asked, as the checkpoint says, or as many steps as fit the minutes."""
+    if args.steps is not None:
+        return settings
+    minutes = args.minutes or _MINUTES[settings.device]
+    training = max(60.0 * minutes - _START_SECONDS[settings.device] * (len(arms) + 1), 15.0 * minutes)
+    if args.equal_time:
+        return replace(settings, seconds=training / len(arms))
+    if args.resume:
+        limit = _saved_limit(settings, arms)
+        return replace(settings, **limit)
+    with console.status("Timing a step of each arm"):
+        seconds = measured(arms, replace(settings, checkpoint=None, resume=False), args.data)
+    # A look at held-out sequences costs about a third of a step each.
+    looks = (settings.held_out_sequences + 2 * 7) / 3 / settings.batch
+    steps = max(int(training / sum(seconds.values()) - looks), 10)
+    times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+    console.print(f"A step takes: {times}. {steps:,} steps an arm fit into {minutes:g} minutes in all.")
+    return replace(settings, steps=steps)
+
+
+def _of_arm(settings: Settings, arm: Arm, arms: list[Arm]) -> Settings:
+    """The arm's own checkpoint; an arm that was not yet begun begins."""
+    if settings.checkpoint is None:
+        return settings
+    path = Path(settings.checkpoint)
+    if len(arms) > 1:
+        path = path.with_name(f"{path.stem}-{arm.name.replace(' ', '-')}{path.suffix}")
+    begun = path.exists() or len(arms) == 1
+    return replace(settings, checkpoint=str(path), resume=settings.resume and begun)
+
+
+def _saved_limit(settings: Settings, arms: list[Arm]) -> dict[str, Any]:
+    paths = [Path(_of_arm(settings, arm, arms).checkpoint or "") for arm in arms]
+    begun = [path for path in paths if path.exists()]
+    if not begun:
+        raise CheckpointError(
+            explain(
+                "--resume",
+                expected=f"a checkpoint at {paths[0]}",
+                got="no such file",
+                fix="Check --checkpoint, or leave out --resume to start anew.",
+            )
+        )
+    return dict(load_checkpoint(begun[0])["limit"])
+
+
+def _train(console: Console, arm: Arm, settings: Settings, data: str | None) -> dict[str, Any]:
+    console.print(f"\n[bold]{arm.name}[/bold]: {arm.attention}", highlight=False)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(30),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task(arm.name, total=1.0, now="starting")
+        try:
+            for event in trained(arm, settings, data):
+                if event["event"] == "step":
+                    now = (
+                        f"step {event['step']} · loss {event['bits'] * math.log(2):.3f} · "
+                        f"{event['bits']:.3f} bits/byte · "
+                        f"{event['tokens_per_second']:,.0f} tokens/s · {report.megabytes(event['memory'])}"
+                    )
+                    progress.update(bar, completed=event["progress"], now=now)
+                elif event["event"] == "check":
+                    copy = f", far repeats {event['copy']:.3f}" if "copy" in event else ""
+                    line = f"  step {event['step']:>6,}: held out {event['text']:.3f} bits/byte{copy}"
+                    progress.console.print(line, highlight=False)
+                elif event["event"] == "result":
+                    return dict(event["result"])
+        except ArmFailed as error:
+            console.print(f"  no result: {error}")
+            return {"name": arm.name, "attention": arm.attention, "failed": str(error)}
+    raise AssertionError("a process that ends well ends with a result")

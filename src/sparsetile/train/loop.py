@@ -1,0 +1,278 @@
+"""One arm: train, measure on held-out sequences along the way, save, resume."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsetile.train.arms import Arm, attention_of
+from sparsetile.train.checkpoint import load_checkpoint, require_same, save_checkpoint
+from sparsetile.train.data import COPY, COPY_START, SOURCE, TEXT, Corpus, Planting, Sequences
+from sparsetile.train.memory import PeakMemory
+from sparsetile.train.model import Attention, Model, ModelConfig
+
+Emit = Callable[[dict[str, Any]], None]
+_WARM_UP = 10
+_CHECKS_ALONG_THE_WAY = 8
+_SEQUENCES_ALONG_THE_WAY = 2
+_SAVE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all arms of a run share. ``steps`` or ``seconds`` (of training alone) says when an arm ends."""
+
+    model: ModelConfig
+    context: int
+    batch: int
+    block: int
+    lr: float
+    seed: int
+    device: str
+    dtype: str
+    planting: Planting | None
+    held_out_sequences: int
+    steps: int | None = None
+    seconds: float | None = None
+    checkpoint: str | None = None
+    resume: bool = False
+
+    def identity(self, arm: Arm, corpus: Corpus) -> dict[str, Any]:
+        """Everything that must be equal for a run to be the continuation of another."""
+        shared = asdict(
+            replace(self, steps=None, seconds=None, checkpoint=None, resume=False, device="", dtype="")
+        )
+        for name in ("steps", "seconds", "checkpoint", "resume", "device"):
+            del shared[name]
+        return {**shared, "dtype": self.dtype, "attention": arm.attention, "data": corpus.digest}
+
+
+class Trainer:
+    """Model, optimiser and position of one arm."""
+
+    def __init__(self, arm: Arm, settings: Settings, corpus: Corpus) -> None:
+        self.arm, self.settings = arm, settings
+        self.device = torch.device(settings.device)
+        self.dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+        self.sequences = Sequences(corpus, settings.context, settings.seed, settings.planting)
+        self.identity = settings.identity(arm, corpus)
+        self.memory = PeakMemory(self.device)
+        torch.manual_seed(settings.seed)
+        # Made on the CPU and moved: the same start on every device.
+        self.model = Model(settings.model).to(self.device)
+        attention, self.density = attention_of(
+            arm, settings.model, settings.context, settings.block, self.device
+        )
+        self.attention: Attention = attention
+        self.optimiser = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=settings.lr,
+            betas=(0.9, 0.95),
+            weight_decay=0.1,
+            fused=self.device.type == "cuda",
+        )
+        self.step = 0
+        self.seconds = 0.0
+        self.losses: list[list[float]] = []
+        self.checks: list[dict[str, float]] = []
+
+    # -- one step -------------------------------------------------------------------------------------
+
+    def progress(self) -> float:
+        """How much of the run is behind, 0 … 1."""
+        if self.settings.seconds is not None:
+            return min(1.0, self.seconds / self.settings.seconds)
+        return self.step / (self.settings.steps or 1)
+
+    def learning_rate(self) -> float:
+        """Linear warm-up, level for the first half of the run, then linearly down to a twentieth."""
+        fall = min(1.0, 2.0 * (1.0 - self.progress()))
+        return self.settings.lr * min(1.0, (self.step + 1) / _WARM_UP) * max(0.05, fall)
+
+    def train_step(self) -> Tensor:
+        """One update; the loss in bits per byte stays on the device, so that nothing waits for it."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.learning_rate()
+        loss = self._gradients()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
+        self.step += 1
+        return loss
+
+    def _gradients(self) -> Tensor:
+        tokens = self._to_device(self.sequences.training(self.step, self.settings.batch).tokens)
+        self.optimiser.zero_grad(set_to_none=True)
+        logits = self.model(tokens[:, :-1], self.attention, self.dtype)
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach() / math.log(2)
+
+    def _to_device(self, tokens: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
+        return tokens.long()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def step_seconds(self, repeats: int = 2) -> float:
+        """Time of one step here, without taking one: the shortest of ``repeats`` after one for warming up."""
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            self._gradients()
+            self._wait()
+            times.append(time.perf_counter() - start)
+        self.optimiser.zero_grad(set_to_none=True)
+        return min(times[1:])
+
+    # -- the run --------------------------------------------------------------------------------------
+
+    def run(self, emit: Emit, stop_after: int | None = None) -> dict[str, Any]:
+        """Trains to the end (or, as if cut off, to step ``stop_after``) and returns the arm's result."""
+        every = 8 if self.device.type == "cuda" else 1
+        if self.device.type == "cuda":
+            self.step_seconds(0)  # Kernels are compiled before the clock starts.
+        saved = time.monotonic()
+        due = (math.floor(self.progress() * _CHECKS_ALONG_THE_WAY) + 1) / _CHECKS_ALONG_THE_WAY
+        while self.progress() < 1.0 and self.step != stop_after:
+            first, start = self.step, time.perf_counter()
+            limit = min(self.settings.steps or 1 << 62, stop_after or 1 << 62)
+            loss = self.train_step()
+            while self.step < limit and self.step % every:
+                loss = self.train_step()
+            bits = loss.item()
+            took = time.perf_counter() - start
+            self.seconds += took
+            self.losses.append([self.step, self.seconds, bits])
+            tokens = (self.step - first) * self.settings.batch * self.settings.context
+            emit(
+                {
+                    "event": "step",
+                    "step": self.step,
+                    "progress": self.progress(),
+                    "bits": bits,
+                    "tokens_per_second": tokens / took,
+                    "memory": self.memory.read(),
+                }
+            )
+            if not math.isfinite(bits):
+                raise FloatingPointError(
+                    f"the loss of {self.arm.name} is no longer finite at step {self.step}. Lower --lr."
+                )
+            if self.progress() >= due and self.progress() < 1.0:
+                due = (math.floor(self.progress() * _CHECKS_ALONG_THE_WAY) + 1) / _CHECKS_ALONG_THE_WAY
+                self._check(emit, min(_SEQUENCES_ALONG_THE_WAY, self.settings.held_out_sequences))
+            if self.settings.checkpoint and time.monotonic() - saved > _SAVE_SECONDS:
+                self.save(Path(self.settings.checkpoint))
+                saved = time.monotonic()
+        if self.settings.checkpoint:
+            self.save(Path(self.settings.checkpoint))
+        held_out = self._check(emit, self.settings.held_out_sequences)
+        return {
+            "name": self.arm.name,
+            "attention": self.arm.attention,
+            "density": self.density,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "steps": self.step,
+            "seconds": self.seconds,
+            "tokens_per_second": self.step
+            * self.settings.batch
+            * self.settings.context
+            / max(self.seconds, 1e-9),
+            "peak_memory": self.memory.read(),
+            "memory_kind": self.memory.kind,
+            "held_out": held_out,
+            "losses": self.losses,
+            "checks": self.checks,
+        }
+
+    def _check(self, emit: Emit, sequences: int) -> dict[str, float]:
+        emit({"event": "checking", "step": self.step})
+        found = self.held_out(sequences)
+        self.checks.append({"step": self.step, "seconds": self.seconds, "sequences": sequences, **found})
+        emit({"event": "check", "step": self.step, **found})
+        return found
+
+    @torch.no_grad()
+    def held_out(self, sequences: int) -> dict[str, float]:
+        """Bits per byte on the first held-out sequences, by kind of byte.
+
+        ``text``: ordinary bytes. ``source``: the random spans, 7 bits at best. ``copy``: their copies;
+        ``copy_after_start`` leaves out the first 4 bytes of each, which nobody can place.
+        """
+        bits = torch.zeros(4, dtype=torch.float64)
+        count = torch.zeros(4, dtype=torch.float64)
+        for index in range(sequences):
+            batch = self.sequences.held_out(index)
+            tokens = self._to_device(batch.tokens)
+            logits = self.model(tokens[:, :-1], self.attention, self.dtype)
+            loss = (
+                F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+                .cpu()
+                .double()
+            )
+            kinds = batch.kinds[:, 1:].flatten().long()
+            bits.index_add_(0, kinds, loss / math.log(2))
+            count.index_add_(0, kinds, torch.ones_like(loss))
+        found = {"text": _mean(bits, count, TEXT)}
+        if count[COPY] > 0:
+            found["source"] = _mean(bits, count, SOURCE)
+            found["copy"] = _mean(bits, count, COPY_START, COPY)
+            found["copy_after_start"] = _mean(bits, count, COPY)
+        return found
+
+    # -- checkpoints ----------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        """Everything that the rest of the run depends on; the data's position is the step."""
+        save_checkpoint(
+            path,
+            {
+                "identity": self.identity,
+                "limit": {"steps": self.settings.steps, "seconds": self.settings.seconds},
+                "model": self.model.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "random": torch.get_rng_state(),
+                "step": self.step,
+                "seconds": self.seconds,
+                "losses": self.losses,
+                "checks": self.checks,
+            },
+        )
+
+    def load(self, path: Path) -> None:
+        """Continues from a checkpoint, exactly. Raises CheckpointError if it belongs to another run."""
+        state = load_checkpoint(path)
+        require_same(path, state["identity"], self.identity)
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["random"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.losses, self.checks = state["losses"], state["checks"]
+        if self.settings.steps is None and self.settings.seconds is None:
+            self.settings = replace(self.settings, **state["limit"])
+
+
+def _mean(bits: Tensor, count: Tensor, *kinds: int) -> float:
+    which = list(kinds)
+    return (bits[which].sum() / count[which].sum().clamp(min=1)).item()
+
+
+def train(
+    arm: Arm, settings: Settings, corpus: Corpus, emit: Emit, stop_after: int | None = None
+) -> dict[str, Any]:
+    """Trains one arm, from its checkpoint if ``settings.resume``; see :meth:`Trainer.run`."""
+    trainer = Trainer(arm, settings, corpus)
+    if settings.resume and settings.checkpoint:
+        trainer.load(Path(settings.checkpoint))
+    return trainer.run(emit, stop_after)

@@ -1,0 +1,126 @@
+"""What a run leaves: a table, sentences that follow from its numbers, a picture and a JSON file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+RANDOM_BITS = 7.0
+_LEARNED = 0.5 * RANDOM_BITS
+
+
+def megabytes(size: int | None) -> str:
+    """``size`` bytes in words; "n/a" where it could not be measured."""
+    if size is None:
+        return "n/a"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def table(results: list[dict[str, Any]]) -> Table:
+    """One column an arm. ``results`` are those of ``loop.train``, or ``{"name", "attention", "failed"}``."""
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("held-out bits per byte: text", lambda r: f"{r['held_out']['text']:.3f}"),
+        ("… far repeats", lambda r: _bits(r, "copy")),
+        ("… far repeats after 4 bytes", lambda r: _bits(r, "copy_after_start")),
+        ("tokens/s", lambda r: f"{r['tokens_per_second']:,.0f}"),
+        ("peak memory", lambda r: megabytes(r["peak_memory"])),
+        ("density", lambda r: f"{r['density']:.4f}"),
+        ("parameters", lambda r: f"{r['parameters']:,}"),
+        ("steps", lambda r: f"{r['steps']:,}"),
+        ("seconds of training", lambda r: f"{r['seconds']:.1f}"),
+    ]
+    kinds = sorted({r["memory_kind"] for r in results if "failed" not in r})
+    out = Table(caption=f"Peak memory: {', '.join(kinds)}." if kinds else None, caption_justify="left")
+    out.add_column()
+    for r in results:
+        out.add_column(r["name"], justify="right")
+    for heading, cell in rows:
+        out.add_row(heading, *("—" if "failed" in r else cell(r) for r in results))
+    return out
+
+
+def _bits(result: dict[str, Any], kind: str) -> str:
+    return f"{result['held_out'][kind]:.3f}" if kind in result["held_out"] else "—"
+
+
+def sentences(results: list[dict[str, Any]]) -> list[str]:
+    """What the numbers of a comparison say, and no more."""
+    arms = {r["name"]: r for r in results if "failed" not in r}
+    said = [f"{r['name']}: no result ({r['failed']})." for r in results if "failed" in r]
+    pattern, dense, window = (arms.get(name) for name in ("pattern", "dense", "window alone"))
+    if pattern and dense:
+        speed = pattern["tokens_per_second"] / dense["tokens_per_second"]
+        said.append(
+            f"The pattern trains at {speed:.2f}× the speed of dense attention and computes "
+            f"{pattern['density']:.1%} of its tiles."
+        )
+    if pattern and dense and "copy" in dense["held_out"]:
+        ours, theirs = pattern["held_out"]["copy"], dense["held_out"]["copy"]
+        if theirs > _LEARNED:
+            said.append(
+                f"Far repeats: dense attention has not yet learned to copy ({theirs:.2f} bits per byte; a "
+                f"guess costs {RANDOM_BITS:.0f}), so this run says nothing about reach. Train longer: "
+                "--minutes or --steps."
+            )
+        else:
+            more = ours / theirs - 1
+            verdict = (
+                f"{more:+.1%} of dense" if ours <= _LEARNED else "not yet learned, though within its reach"
+            )
+            said.append(
+                f"Far repeats: the pattern pays {ours:.2f} bits per byte, dense {theirs:.2f} ({verdict})."
+            )
+    if window and "copy" in window["held_out"]:
+        bits = window["held_out"]["copy"]
+        said.append(
+            f"The window alone pays {bits:.2f} bits on them: "
+            + (
+                f"a guess costs {RANDOM_BITS:.0f}, and the originals lie beyond what its layers can see."
+                if bits > _LEARNED
+                else "it predicts them, which it should not be able to. Please report this."
+            )
+        )
+    return said
+
+
+def draw(path: Path, results: list[dict[str, Any]]) -> str | None:
+    """Writes the curves to ``path`` as PNG; returns why not, where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return "No picture: matplotlib is not installed. Install it with: pip install 'sparsetile[plot]'"
+    from matplotlib.figure import Figure
+
+    results = [r for r in results if "failed" not in r]
+    repeats = any("copy" in check for r in results for check in r["checks"])
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    axes = figure.subplots(1, 3 if repeats else 2)
+    axes[0].set(title="training, all bytes", xlabel="step", ylabel="bits per byte")
+    axes[1].set(title="held out, text", xlabel="seconds of training", ylabel="bits per byte")
+    if repeats:
+        axes[2].set(title="held out, far repeats", xlabel="step", ylabel="bits per byte", ylim=(0, 9))
+        axes[2].axhline(RANDOM_BITS, color="grey", linewidth=0.8, linestyle="--")
+    for r in results:
+        label, checks = (
+            f"{r['name']}: {r['attention']}" if r["attention"] != r["name"] else r["name"],
+            r["checks"],
+        )
+        axes[0].plot([p[0] for p in r["losses"]], [p[2] for p in r["losses"]], linewidth=1, label=label)
+        axes[1].plot([c["seconds"] for c in checks], [c["text"] for c in checks], marker=".", label=label)
+        if repeats:
+            axes[2].plot(
+                [c["step"] for c in checks], [c.get("copy") for c in checks], marker=".", label=label
+            )
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    return None
+
+
+def write(path: Path, run: dict[str, Any]) -> None:
+    """Writes the whole run as JSON."""
+    path.write_text(json.dumps(run, indent=1, allow_nan=False) + "\n", encoding="utf-8")
