@@ -77,7 +77,7 @@ class BlockAligned(Pattern):
         )
         q_in = tiles[:, 0, None, None] * self.block_q + self.offset + torch.arange(self.block_q)[:, None]
         k_in = tiles[:, 1, None, None] * self.block_k + torch.arange(self.block_k)
-        step = max(1, (1 << 22) // (self.block_q * self.block_k))
+        step = max(1, (1 << 18) // (self.block_q * self.block_k))
         kept = [
             self.inner.allows(a, b, h).expand(-1, self.block_q, self.block_k).flatten(1).any(1)
             for a, b, h in zip(

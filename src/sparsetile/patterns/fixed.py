@@ -13,7 +13,17 @@ from torch import Tensor
 from sparsetile.errors import PatternError, explain
 from sparsetile.patterns.base import Interval, Pattern
 from sparsetile.patterns.parameters import Unit, check_unit, floor, in_tokens, integer, resolved_unit, truth
-from sparsetile.patterns.tiles import UNBOUNDED, Grid, Key, Span, State, Tiles, combine
+from sparsetile.patterns.tiles import (
+    UNBOUNDED,
+    Grid,
+    Key,
+    Span,
+    State,
+    Tiles,
+    combine,
+    interval_words,
+    mask_words,
+)
 
 _WORD = 0xFFFFFFFF
 _STEP_DENOMINATOR = 1 << 20
@@ -292,3 +302,18 @@ class Random(Pattern):
         one_pair = (q == floor(tiles.q1, unit)) & (k == floor(tiles.k1, unit))
         kept = self._choice(q, self._stratum(k), tiles.head) == k
         return State(kept | ~one_pair, kept & one_pair)
+
+    def words(self, tiles: Tiles) -> Tensor:
+        unit, grid = in_tokens(self, self.unit), tiles.grid
+        first = self._stratum(floor(tiles.k0, unit))
+        last = self._stratum(floor(tiles.k0 + (grid.block_k - 1), unit))
+        strata = int((last - first).max()) + 1 if len(tiles) else 0
+        if 4 * strata > grid.block_k:
+            return super().words(tiles)
+        # Few strata in a tile: each says itself which unit it keeps.
+        query_unit, head = floor(tiles.queries, unit), tiles.head[:, None]
+        out = torch.zeros((len(tiles), grid.block_q, mask_words(grid.block_k)), dtype=torch.int32)
+        for step in range(strata):
+            lo = self._choice(query_unit, first[:, None] + step, head) * unit - tiles.k0[:, None]
+            out |= interval_words(lo, lo + unit, grid.block_k)
+        return out

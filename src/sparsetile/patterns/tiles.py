@@ -18,7 +18,7 @@ UNBOUNDED = 1 << 61
 """Stands for ±∞ among positions; leaves room for sums in int64."""
 
 _LARGEST_KEY = 1 << 62
-_PAIRS_AT_A_TIME = 1 << 22
+_PAIRS_AT_A_TIME = 1 << 18  # int64 work tensors of this size stay in the cache
 _T = TypeVar("_T")
 
 
