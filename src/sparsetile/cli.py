@@ -180,7 +180,7 @@ def _doctor(_options: argparse.Namespace) -> int:
 
     from sparsetile import doctor
 
-    return doctor.run(Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
+    return doctor.run(Console(highlight=False, width=None if sys.stdout.isatty() else 200))
 
 
 def _show(options: argparse.Namespace) -> int:

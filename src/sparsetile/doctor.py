@@ -46,7 +46,7 @@ def run(console: Console) -> int:
     for name, version in record["versions"].items():
         if name in ("cuda", "hip") and version is None:
             continue
-        table.add_row(name.replace("_", " "), version or "[dim]not installed[/]")
+        table.add_row(name.replace("_", "-"), version or "[dim]not installed[/]")
     table.add_row("commit", record["commit"] or "[dim]not a git checkout[/]")
     console.print(table)
 

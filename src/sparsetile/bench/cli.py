@@ -116,7 +116,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         chosen = cases.grid(
             names,
             options.lengths or ([2048, 4096] if small else [4096, 8192, 16384]),
-            options.densities or ([0.0625, 0.25] if small else [0.015625, 0.03125, 0.0625, 0.125]),
+            options.densities or ([0.0625, 0.125] if small else [0.015625, 0.03125, 0.0625, 0.125]),
             batch=options.batch or 1,
             heads=options.heads or (2 if small else 8),
             head_dims=options.head_dim or [64],
@@ -127,7 +127,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         cases=chosen,
         rivals=chosen_rivals(options.backends, device),
         device=device,
-        budget_ms=60.0 if small else 150.0,
+        budget_ms=40.0 if small else 150.0,
         samples=64 if small else 256,
         seed=int(torch.seed() % 2**31) if options.seed is None else options.seed,
         arguments=sys.argv[1:],

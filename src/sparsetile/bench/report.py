@@ -206,6 +206,7 @@ def _draw_efficiency(figure: Any, rows: list[Row], colours: dict[str, str]) -> b
         axes.axhline(1, color="0.4", linewidth=0.8, linestyle="--")
         axes.set(xscale="log", yscale="log", xlabel="density (tiles kept)", title=phase)
         axes.grid(True, which="major", alpha=0.3)
+        _plain_ticks(axes)
     panels[0].set_ylabel("speed-up over dense ÷ ideal (1 / density)")
     figure.legend(
         labels.values(),
@@ -226,6 +227,15 @@ def _length_ticks(panels: Iterable[Any], lengths: list[int]) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens(int(value))))
         axes.set_xlabel("N (tokens)", fontsize=9)
+
+
+def _plain_ticks(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _by_case(rows: list[Row]) -> list[list[Row]]:
