@@ -1,12 +1,11 @@
-"""The Triton backend: NVIDIA GPUs from compute capability 8.0, and AMD GPUs. Shapes are those of ``kernels/request.py``.
+"""The Triton backend: NVIDIA GPUs from compute capability 8.0, and AMD GPUs.
 
-Triton is imported on the first call, so the package works without it. Gradients need no atomics: two runs
+Shapes are those of ``kernels/request.py``. Triton is imported on the first call, so the package works without it. Gradients need no atomics: two runs
 give the same bits.
 """
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
@@ -25,7 +24,7 @@ def _import_problem() -> str | None:
     try:
         from sparsetile.kernels import triton_launch  # noqa: F401
     except ImportError as problem:
-        return f"Triton cannot be imported ({problem}); it comes with torch on Linux GPU builds, or `pip install triton`"
+        return f"Triton cannot be imported ({problem}); torch's GPU builds for Linux bring it along"
     return None
 
 
@@ -50,7 +49,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, request: Request) -> str | None:
     if torch.version.hip is None:
         capability = torch.cuda.get_device_capability(q.device)
         if capability < (8, 0):
-            return f"needs compute capability 8.0 (Ampere) or newer, this GPU has {capability[0]}.{capability[1]}"
+            return f"needs compute capability 8.0 (Ampere) or newer, not {capability[0]}.{capability[1]}"
     return None
 
 
@@ -86,7 +85,8 @@ def backward(
     tile_bias_grad: bool,
     attn_bias_grad: bool,
 ) -> Gradients:
-    """Gradients of ``sum(out·grad_out) + sum(lse·grad_lse)``; dq, dk, dv in the inputs' dtype, biases' in fp32."""
+    """Gradients of ``sum(out·grad_out) + sum(lse·grad_lse)``; dq, dk, dv in the inputs' dtype, biases' in
+    fp32."""
     from sparsetile.kernels import triton_launch as plan
 
     layout, target = request.layout, target_of(q.device)
@@ -114,7 +114,7 @@ def backward(
         tile_grad = bias_grad = None
         if tile_bias_grad:
             owners = (batch if layout.batch == 1 else 1, heads if layout.heads == 1 else 1)
-            parts = plan.tile_grad_parts(q, layout, target)
+            parts = plan.tile_grad_parts(q, request, target)
             tile_grad = torch.zeros((parts, *owners, layout.capacity), dtype=torch.float32, device=q.device)
         if attn_bias_grad:
             bias_grad = torch.zeros((batch, heads, q_len, k_len), dtype=torch.float32, device=q.device)
@@ -122,5 +122,7 @@ def backward(
             q, k, v, grad_out, lse2, delta, dq, tile_grad, bias_grad, request, target
         ):
             launch.run()
-        tile_sum = None if tile_grad is None else tile_grad[0] if tile_grad.shape[0] == 1 else tile_grad.sum(0)
+        tile_sum = (
+            None if tile_grad is None else tile_grad[0] if tile_grad.shape[0] == 1 else tile_grad.sum(0)
+        )
     return Gradients(dq, dk, dv, tile_sum, bias_grad)

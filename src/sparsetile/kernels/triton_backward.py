@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,operator,assignment"
-"""Backward in two passes without atomics, hence the same bits every run: dK, dV by key columns, dQ by query rows.
+"""Backward without atomics, hence the same bits every run: dK and dV by key columns, dQ by query rows.
 
 With P the softmax weights, dP = dO·Vᵀ and δ = rowsum(dO∘O) − dLSE: dS = P∘(dP − δ), dQ = scale·dS·K,
-dK = scale·dSᵀ·Q, dV = Pᵀ·dO (FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2). Each pass recomputes P from the
-stored LSE; columns are walked through the layout's stored transpose.
+dK = scale·dSᵀ·Q, dV = Pᵀ·dO (FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2). Each pass recomputes
+P from the stored LSE; columns are walked through the layout's stored transpose.
 """
 
 import triton
@@ -18,6 +18,7 @@ from sparsetile.kernels.triton_tiles import (
     dropout_stream,
     load_tile,
     place,
+    product,
     store_tile,
 )
 
@@ -29,7 +30,7 @@ def delta_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr,
 ):
     # fmt: on
-    """δ and the LSE in base 2, both fp32 ``[B, H, Nq]``; a row without keys gets LSE +inf, so that P is 0 there."""
+    """δ and the LSE in base 2, fp32 ``[B, H, Nq]``; a row without keys gets LSE +inf, so P is 0 there."""
     blocks = tl.cdiv(q_len, M)
     program = tl.program_id(0)
     owner = program // blocks
@@ -78,12 +79,13 @@ def collect_columns(
         queries_ok = queries >= 0
         if MASKED:
             queries_ok = query0 + queries < q_len
-        q_tile = load_tile(q + query0.to(tl.int64) * sq_n, queries, sq_n, dims, queries_ok, D, BLOCK_D, MASKED)
+        q_at = q + query0.to(tl.int64) * sq_n
+        q_tile = load_tile(q_at, queries, sq_n, dims, queries_ok, D, BLOCK_D, MASKED)
         if MASKED:
             row_lse = tl.load(lse2 + query0 + queries, mask=queries_ok, other=float("inf"))
         else:
             row_lse = tl.load(lse2 + query0 + queries)
-        s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
+        s = product(k_tile, tl.trans(q_tile), None, PRECISION) * scale
         if bias_keys is not None:
             bias_at = bias_keys[:, None] + (query0 + queries).to(tl.int64)[None, :] * sb_q
             if MASKED:
@@ -95,9 +97,9 @@ def collect_columns(
             s += tl.load(tile_bias + tl.load(edges + entry)) * LOG2E
         p = tl.exp2(s - row_lse[None, :])
         if MASKED:
-            allowed = allowed_pairs(
-                masks, tl.load(mask_ids + entry), query_in_tile + queries, key_in_tile, keys, BLOCK_Q, BLOCK_K, N, True
-            )
+            mask_id = tl.load(mask_ids + entry)
+            query = query_in_tile + queries
+            allowed = allowed_pairs(masks, mask_id, query, key_in_tile, keys, BLOCK_Q, BLOCK_K, N, True)
             p = tl.where(allowed, p, 0.0)
         if PADDED:
             p = tl.where(keys_allowed[:, None], p, 0.0)
@@ -107,16 +109,16 @@ def collect_columns(
             row_delta = tl.load(delta + query0 + queries, mask=queries_ok, other=0.0)
         else:
             row_delta = tl.load(delta + query0 + queries)
-        dp = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
+        dp = product(v_tile, tl.trans(grad_tile), None, PRECISION)
         kept = p
         if DROPOUT:
             row = dropout_row(stream, query0 + queries)
             keep = dropout_keep(row[None, :], key[:, None], threshold)
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
-        dv = tl.dot(kept.to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)
+        dv = product(kept.to(grad_tile.dtype), grad_tile, dv, PRECISION)
         ds = p * (dp - row_delta[None, :])
-        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+        dk = product(ds.to(q_tile.dtype), q_tile, dk, PRECISION)
     return dk, dv
 
 
@@ -132,7 +134,7 @@ def columns_kernel(
     PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):
     # fmt: on
-    """dK and dV of N keys of one work item, summed over ``HEADS_A_PROGRAM`` query heads of the key head's group.
+    """dK and dV of N keys of one work item, summed over ``HEADS_A_PROGRAM`` heads of the key head's group.
 
     ``heads`` counts query heads; the outputs have ``heads // HEADS_A_PROGRAM`` heads.
     """
@@ -181,32 +183,34 @@ def columns_kernel(
             stream = dropout_stream(seed, batch * heads + head)
         # fmt: off
         dk, dv = collect_columns(
-            dk, dv, k_tile, v_tile, q_at, grad_at, lse2 + row_at, delta + row_at, start, full_end, others, mask_ids,
-            masks, edges, keys_allowed, bias_keys, tile_at, stream, key0 + keys, key_in_tile, keys_ok, sq_n, sg_n, sb_q,
-            q_len, scale2, keep_scale, threshold, False, padding is not None, seed is not None, D, BLOCK_D, BLOCK_Q,
-            BLOCK_K, M, N, PRECISION,
+            dk, dv, k_tile, v_tile, q_at, grad_at, lse2 + row_at, delta + row_at, start, full_end, others,
+            mask_ids, masks, edges, keys_allowed, bias_keys, tile_at, stream, key0 + keys, key_in_tile,
+            keys_ok, sq_n, sg_n, sb_q, q_len, scale2, keep_scale, threshold, False, padding is not None, seed
+            is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, M, N, PRECISION,
         )
         if PARTIAL:
             dk, dv = collect_columns(
-                dk, dv, k_tile, v_tile, q_at, grad_at, lse2 + row_at, delta + row_at, full_end, end, others, mask_ids,
-                masks, edges, keys_allowed, bias_keys, tile_at, stream, key0 + keys, key_in_tile, keys_ok, sq_n, sg_n,
-                sb_q, q_len, scale2, keep_scale, threshold, True, padding is not None, seed is not None, D, BLOCK_D,
-                BLOCK_Q, BLOCK_K, M, N, PRECISION,
+                dk, dv, k_tile, v_tile, q_at, grad_at, lse2 + row_at, delta + row_at, full_end, end, others,
+                mask_ids, masks, edges, keys_allowed, bias_keys, tile_at, stream, key0 + keys, key_in_tile,
+                keys_ok, sq_n, sg_n, sb_q, q_len, scale2, keep_scale, threshold, True, padding is not None,
+                seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, M, N, PRECISION,
             )
         # fmt: on
     dk = dk * scale
     dv = dv * keep_scale
-    slot = -1
-    if part_dk is not None:
-        slot = tl.load(items + 4 * item_count + item)
-    if slot >= 0:
-        at = ((slot.to(tl.int64) * reps + rep) * BLOCK_K + key_in_tile) * D
-        store_tile(part_dk + at, keys, D, dims, keys_ok, dk, D, BLOCK_D)
-        store_tile(part_dv + at, keys, D, dims, keys_ok, dv, D, BLOCK_D)
-    else:
-        at = ((batch * out_heads + out_head) * k_len + key0) * D
+    at = ((batch * out_heads + out_head) * k_len + key0) * D
+    if part_dk is None:
         store_tile(dk_out + at, keys, D, dims, keys_ok, dk, D, BLOCK_D)
         store_tile(dv_out + at, keys, D, dims, keys_ok, dv, D, BLOCK_D)
+    else:
+        slot = tl.load(items + 4 * item_count + item)
+        if slot >= 0:
+            at = ((slot.to(tl.int64) * reps + rep) * BLOCK_K + key_in_tile) * D
+            store_tile(part_dk + at, keys, D, dims, keys_ok, dk, D, BLOCK_D)
+            store_tile(part_dv + at, keys, D, dims, keys_ok, dv, D, BLOCK_D)
+        else:
+            store_tile(dk_out + at, keys, D, dims, keys_ok, dk, D, BLOCK_D)
+            store_tile(dv_out + at, keys, D, dims, keys_ok, dv, D, BLOCK_D)
 
 
 # fmt: off
@@ -219,7 +223,7 @@ def collect_rows(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):
     # fmt: on
-    """Add entries first … last of a row to dq; store the bias gradients of these tiles, which no one else owns."""
+    """Add entries first … last of a row to dq; store the bias gradients of these tiles, which it owns."""
     steps: tl.constexpr = BLOCK_K // N
     check: tl.constexpr = MASKED or padding is not None
     keys = tl.arange(0, N)
@@ -239,9 +243,8 @@ def collect_rows(
         v_tile = load_tile(v + key0.to(tl.int64) * sv_n, keys, sv_n, dims, key_ok, D, BLOCK_D, check)
         edge = entry
         if edges is not None:
-            if tile_bias is not None:
-                edge = tl.load(edges + entry)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+            edge = tl.load(edges + entry)
+        s = product(q_tile, tl.trans(k_tile), None, PRECISION) * scale
         if bias_rows is not None:
             bias_at = bias_rows[:, None] + (key0 + keys).to(tl.int64)[None, :] * sb_k
             if check:
@@ -259,7 +262,7 @@ def collect_rows(
             )
         if padding is not None:
             p = tl.where(key_ok[None, :], p, 0.0)
-        dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
+        dp = product(grad_tile, tl.trans(v_tile), None, PRECISION)
         if DROPOUT:
             keep = dropout_keep(hashes[:, None], (key0 + keys)[None, :], threshold)
             dp = tl.where(keep, dp * keep_scale, 0.0)
@@ -272,7 +275,7 @@ def collect_rows(
                 tl.store(bias_grad_at, ds, mask=queries_ok[:, None] & key_ok[None, :])
             else:
                 tl.store(bias_grad_at, ds)
-        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+        dq = product(ds.to(k_tile.dtype), k_tile, dq, PRECISION)
     return dq
 
 
@@ -334,26 +337,29 @@ def rows_kernel(
     dq = tl.zeros((M, BLOCK_D), tl.float32)
     # fmt: off
     dq = collect_rows(
-        dq, q_tile, grad_tile, row_lse, row_delta, k, v, start, full_end, others, mask_ids, masks, edges, padding, bias,
-        bias_grad, tile_bias, tile_grad, tile_grad_step, hashes, first_query + queries, queries_ok, sk_n, sv_n, sb_k,
-        k_len, scale2, keep_scale, threshold, False, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
+        dq, q_tile, grad_tile, row_lse, row_delta, k, v, start, full_end, others, mask_ids, masks, edges,
+        padding, bias, bias_grad, tile_bias, tile_grad, tile_grad_step, hashes, first_query + queries,
+        queries_ok, sk_n, sv_n, sb_k, k_len, scale2, keep_scale, threshold, False, seed is not None, D,
+        BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
     )
     if PARTIAL:
         dq = collect_rows(
-            dq, q_tile, grad_tile, row_lse, row_delta, k, v, full_end, end, others, mask_ids, masks, edges, padding,
-            bias, bias_grad, tile_bias, tile_grad, tile_grad_step, hashes, first_query + queries, queries_ok, sk_n, sv_n,
-            sb_k, k_len, scale2, keep_scale, threshold, True, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
+            dq, q_tile, grad_tile, row_lse, row_delta, k, v, full_end, end, others, mask_ids, masks, edges,
+            padding, bias, bias_grad, tile_bias, tile_grad, tile_grad_step, hashes, first_query + queries,
+            queries_ok, sk_n, sv_n, sb_k, k_len, scale2, keep_scale, threshold, True, seed is not None, D,
+            BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
         )
     # fmt: on
     dq = dq * scale
-    slot = -1
-    if part_dq is not None:
-        slot = tl.load(items + 4 * item_count + item)
-    if slot >= 0:
-        at = ((slot.to(tl.int64) * reps + rep) * BLOCK_Q + first_query) * D
-        store_tile(part_dq + at, queries, D, dims, queries_ok, dq, D, BLOCK_D)
-    else:
+    if part_dq is None:
         store_tile(dq_out + row_at * D, queries, D, dims, queries_ok, dq, D, BLOCK_D)
+    else:
+        slot = tl.load(items + 4 * item_count + item)
+        if slot >= 0:
+            at = ((slot.to(tl.int64) * reps + rep) * BLOCK_Q + first_query) * D
+            store_tile(part_dq + at, queries, D, dims, queries_ok, dq, D, BLOCK_D)
+        else:
+            store_tile(dq_out + row_at * D, queries, D, dims, queries_ok, dq, D, BLOCK_D)
 
 
 # fmt: off
@@ -364,7 +370,7 @@ def sum_kernel(
     BATCH_SHARED: tl.constexpr, HEADS_SHARED: tl.constexpr,
 ):
     # fmt: on
-    """Sum the parts of M tokens of one split row or column, in the order of their slots, into ``[B, heads, length, D]``."""
+    """Sum the parts of M tokens of a split row or column, in slot order, into ``[B, heads, length, D]``."""
     subs: tl.constexpr = BLOCK // M
     program = tl.program_id(0)
     split = (program // subs) % split_count

@@ -12,6 +12,9 @@ import torch
 
 Kernel = Literal["forward", "rows", "columns"]
 Family = Literal["hopper", "ampere", "amd"]
+Work = Literal["whole", "partial", "featured"]
+
+_WORK = ("whole", "partial", "featured")
 
 ITEMS_PER_PROCESSOR = 8
 """How many items of the longest kind make one multiprocessor's share of the work."""
@@ -22,7 +25,8 @@ ITEM_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Tiles:
-    """Queries × keys of one step of the inner loop, with the launch options. Never larger than the layout's tiles."""
+    """Queries × keys of one step of the inner loop, with the launch options. Never larger than the layout's
+    tiles."""
 
     queries: int
     keys: int
@@ -38,62 +42,97 @@ class Target:
     processors: int
 
 
-# Keyed by family, kernel, bytes of an element and head_dim padded to 64, 128 or 256.
-TABLE: dict[tuple[Family, Kernel, int, int], Tiles] = {
-    ("hopper", "forward", 2, 64): Tiles(64, 64, 4, 3),
-    ("hopper", "forward", 2, 128): Tiles(128, 128, 8, 2),
-    ("hopper", "forward", 2, 256): Tiles(128, 64, 8, 2),
-    ("hopper", "forward", 4, 64): Tiles(64, 32, 4, 2),
-    ("hopper", "forward", 4, 128): Tiles(64, 32, 4, 2),
-    ("hopper", "forward", 4, 256): Tiles(64, 32, 8, 1),
-    ("hopper", "rows", 2, 64): Tiles(64, 64, 4, 3),
-    ("hopper", "rows", 2, 128): Tiles(128, 128, 8, 2),
-    ("hopper", "rows", 2, 256): Tiles(64, 64, 8, 2),
-    ("hopper", "rows", 4, 64): Tiles(64, 32, 4, 2),
-    ("hopper", "rows", 4, 128): Tiles(64, 32, 8, 1),
-    ("hopper", "rows", 4, 256): Tiles(32, 32, 8, 1),
-    ("hopper", "columns", 2, 64): Tiles(64, 64, 4, 2),
-    ("hopper", "columns", 2, 128): Tiles(64, 64, 4, 2),
-    ("hopper", "columns", 2, 256): Tiles(64, 64, 8, 1),
-    ("hopper", "columns", 4, 64): Tiles(32, 64, 4, 2),
-    ("hopper", "columns", 4, 128): Tiles(32, 64, 8, 1),
-    ("hopper", "columns", 4, 256): Tiles(32, 32, 8, 1),
-    ("ampere", "forward", 2, 64): Tiles(128, 64, 4, 3),
-    ("ampere", "forward", 2, 128): Tiles(128, 32, 4, 3),
-    ("ampere", "forward", 2, 256): Tiles(64, 32, 4, 2),
-    ("ampere", "forward", 4, 64): Tiles(64, 32, 4, 2),
-    ("ampere", "forward", 4, 128): Tiles(32, 32, 4, 2),
-    ("ampere", "forward", 4, 256): Tiles(32, 16, 4, 1),
-    ("ampere", "rows", 2, 64): Tiles(64, 64, 4, 2),
-    ("ampere", "rows", 2, 128): Tiles(64, 32, 4, 2),
-    ("ampere", "rows", 2, 256): Tiles(32, 32, 4, 1),
-    ("ampere", "rows", 4, 64): Tiles(32, 32, 4, 2),
-    ("ampere", "rows", 4, 128): Tiles(32, 32, 4, 1),
-    ("ampere", "rows", 4, 256): Tiles(16, 16, 4, 1),
-    ("ampere", "columns", 2, 64): Tiles(64, 64, 4, 2),
-    ("ampere", "columns", 2, 128): Tiles(32, 64, 4, 2),
-    ("ampere", "columns", 2, 256): Tiles(32, 32, 4, 1),
-    ("ampere", "columns", 4, 64): Tiles(32, 32, 4, 2),
-    ("ampere", "columns", 4, 128): Tiles(32, 32, 4, 1),
-    ("ampere", "columns", 4, 256): Tiles(16, 16, 4, 1),
-    ("amd", "forward", 2, 64): Tiles(64, 64, 4, 1),
-    ("amd", "forward", 2, 128): Tiles(64, 32, 4, 1),
-    ("amd", "forward", 2, 256): Tiles(32, 32, 4, 1),
-    ("amd", "forward", 4, 64): Tiles(32, 32, 4, 1),
-    ("amd", "forward", 4, 128): Tiles(32, 32, 4, 1),
-    ("amd", "forward", 4, 256): Tiles(16, 16, 4, 1),
-    ("amd", "rows", 2, 64): Tiles(64, 64, 4, 1),
-    ("amd", "rows", 2, 128): Tiles(32, 32, 4, 1),
-    ("amd", "rows", 2, 256): Tiles(32, 32, 4, 1),
-    ("amd", "rows", 4, 64): Tiles(32, 32, 4, 1),
-    ("amd", "rows", 4, 128): Tiles(32, 16, 4, 1),
-    ("amd", "rows", 4, 256): Tiles(16, 16, 4, 1),
-    ("amd", "columns", 2, 64): Tiles(64, 64, 4, 1),
-    ("amd", "columns", 2, 128): Tiles(32, 32, 4, 1),
-    ("amd", "columns", 2, 256): Tiles(32, 32, 4, 1),
-    ("amd", "columns", 4, 64): Tiles(32, 32, 4, 1),
-    ("amd", "columns", 4, 128): Tiles(16, 32, 4, 1),
-    ("amd", "columns", 4, 256): Tiles(16, 16, 4, 1),
+# Keyed by family, kernel, bytes of an element and head_dim padded to 64, 128 or 256. Up to three choices: for
+# layouts of whole tiles, for layouts with partial tiles, and for biases, padding or dropout; the last given
+# serves the rest. "hopper" was chosen without spills up to head_dim 128 (where no feature is used); the
+# others fit their shared memory.
+TABLE: dict[tuple[Family, Kernel, int, int], tuple[Tiles, ...]] = {
+    ("hopper", "forward", 2, 64): (Tiles(64, 64, 4, 3),),
+    ("hopper", "forward", 2, 128): (
+        Tiles(128, 128, 8, 2),
+        Tiles(128, 64, 8, 3),
+        Tiles(64, 64, 8, 2),
+    ),
+    ("hopper", "forward", 2, 256): (
+        Tiles(128, 64, 8, 2),
+        Tiles(128, 32, 8, 2),
+        Tiles(64, 32, 8, 2),
+    ),
+    ("hopper", "forward", 4, 64): (Tiles(64, 32, 4, 2),),
+    ("hopper", "forward", 4, 128): (Tiles(16, 32, 4, 2),),
+    ("hopper", "forward", 4, 256): (Tiles(16, 32, 8, 1),),
+    ("hopper", "rows", 2, 64): (
+        Tiles(64, 64, 4, 3),
+        Tiles(64, 64, 4, 3),
+        Tiles(64, 32, 4, 2),
+    ),
+    ("hopper", "rows", 2, 128): (
+        Tiles(128, 64, 8, 3),
+        Tiles(128, 64, 8, 3),
+        Tiles(64, 32, 4, 2),
+    ),
+    ("hopper", "rows", 2, 256): (Tiles(64, 32, 8, 2),),
+    ("hopper", "rows", 4, 64): (Tiles(64, 32, 4, 2),),
+    ("hopper", "rows", 4, 128): (Tiles(16, 32, 4, 2),),
+    ("hopper", "rows", 4, 256): (Tiles(16, 16, 8, 2),),
+    ("hopper", "columns", 2, 64): (
+        Tiles(64, 64, 4, 2),
+        Tiles(64, 64, 4, 2),
+        Tiles(32, 64, 4, 2),
+    ),
+    ("hopper", "columns", 2, 128): (
+        Tiles(64, 64, 8, 2),
+        Tiles(64, 64, 8, 2),
+        Tiles(32, 64, 8, 2),
+    ),
+    ("hopper", "columns", 2, 256): (Tiles(64, 32, 8, 1),),
+    ("hopper", "columns", 4, 64): (Tiles(32, 32, 4, 1),),
+    ("hopper", "columns", 4, 128): (Tiles(32, 16, 8, 2),),
+    ("hopper", "columns", 4, 256): (Tiles(16, 16, 8, 1),),
+    ("ampere", "forward", 2, 64): (Tiles(64, 64, 4, 3),),
+    ("ampere", "forward", 2, 128): (Tiles(64, 32, 4, 3),),
+    ("ampere", "forward", 2, 256): (Tiles(64, 32, 8, 1),),
+    ("ampere", "forward", 4, 64): (Tiles(32, 32, 4, 2),),
+    ("ampere", "forward", 4, 128): (Tiles(32, 32, 4, 1),),
+    ("ampere", "forward", 4, 256): (Tiles(16, 32, 8, 1),),
+    ("ampere", "rows", 2, 64): (
+        Tiles(64, 64, 4, 2),
+        Tiles(64, 64, 4, 2),
+        Tiles(64, 32, 4, 2),
+    ),
+    ("ampere", "rows", 2, 128): (Tiles(64, 32, 4, 2),),
+    ("ampere", "rows", 2, 256): (Tiles(32, 32, 8, 1),),
+    ("ampere", "rows", 4, 64): (Tiles(32, 32, 4, 2),),
+    ("ampere", "rows", 4, 128): (Tiles(16, 32, 4, 1),),
+    ("ampere", "rows", 4, 256): (Tiles(16, 16, 8, 1),),
+    ("ampere", "columns", 2, 64): (Tiles(32, 64, 4, 2),),
+    ("ampere", "columns", 2, 128): (Tiles(32, 64, 8, 2),),
+    ("ampere", "columns", 2, 256): (Tiles(32, 32, 8, 1),),
+    ("ampere", "columns", 4, 64): (Tiles(32, 32, 4, 1),),
+    ("ampere", "columns", 4, 128): (Tiles(32, 16, 8, 1),),
+    ("ampere", "columns", 4, 256): (Tiles(16, 16, 8, 1),),
+    ("amd", "forward", 2, 64): (
+        Tiles(64, 64, 4, 1),
+        Tiles(64, 64, 4, 1),
+        Tiles(64, 32, 4, 1),
+    ),
+    ("amd", "forward", 2, 128): (Tiles(64, 32, 4, 1),),
+    ("amd", "forward", 2, 256): (Tiles(32, 32, 4, 1),),
+    ("amd", "forward", 4, 64): (Tiles(32, 32, 4, 1),),
+    ("amd", "forward", 4, 128): (Tiles(32, 32, 4, 1),),
+    ("amd", "forward", 4, 256): (Tiles(16, 16, 4, 1),),
+    ("amd", "rows", 2, 64): (Tiles(64, 32, 4, 1),),
+    ("amd", "rows", 2, 128): (Tiles(32, 32, 4, 1),),
+    ("amd", "rows", 2, 256): (Tiles(32, 32, 4, 1),),
+    ("amd", "rows", 4, 64): (Tiles(32, 32, 4, 1),),
+    ("amd", "rows", 4, 128): (Tiles(32, 16, 4, 1),),
+    ("amd", "rows", 4, 256): (Tiles(16, 16, 4, 1),),
+    ("amd", "columns", 2, 64): (Tiles(32, 64, 4, 1),),
+    ("amd", "columns", 2, 128): (Tiles(32, 32, 4, 1),),
+    ("amd", "columns", 2, 256): (Tiles(32, 32, 4, 1),),
+    ("amd", "columns", 4, 64): (Tiles(32, 32, 4, 1),),
+    ("amd", "columns", 4, 128): (Tiles(16, 32, 4, 1),),
+    ("amd", "columns", 4, 256): (Tiles(16, 16, 4, 1),),
 }
 
 _tiles_override: dict[Kernel, Tiles] = {}
@@ -102,7 +141,8 @@ _chunk_override: list[int] = []
 
 @contextmanager
 def override(tiles: dict[Kernel, Tiles] | None = None, chunk: int | None = None) -> Iterator[None]:
-    """Use other tiles for some kernels, or another longest item, within the block. For tuning and tests; not thread-safe."""
+    """Use other tiles for some kernels, or another longest item, within the block. For tuning and tests; not
+    thread-safe."""
     saved = dict(_tiles_override), list(_chunk_override)
     _tiles_override.update(tiles or {})
     if chunk is not None:
@@ -121,11 +161,13 @@ def padded_dim(head_dim: int) -> int:
 
 
 def tiles_for(
-    kernel: Kernel, target: Target, element_bytes: int, head_dim: int, block_q: int, block_k: int
+    kernel: Kernel, target: Target, element_bytes: int, head_dim: int, block_q: int, block_k: int, work: Work
 ) -> Tiles:
-    """The table's choice (or the override), cut to the layout's tile, with fewer warps where little is left."""
+    """The table's choice (or the override), cut to the layout's tile, with fewer warps where little is
+    left."""
     dim = padded_dim(head_dim)
-    chosen = TABLE[target.family, kernel, element_bytes, max(64, dim)]
+    choices = TABLE[target.family, kernel, element_bytes, max(64, dim)]
+    chosen = choices[min(_WORK.index(work), len(choices) - 1)]
     chosen = _tiles_override.get(kernel, chosen)
     queries, keys = min(chosen.queries, block_q), min(chosen.keys, block_k)
     warps = chosen.warps

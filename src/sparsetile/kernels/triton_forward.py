@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,operator,assignment"
 """Forward: one program a work item walks the key tiles of a block of queries with a running softmax.
 
-The online softmax is that of Milakov and Gimelshein 2018 (arXiv:1805.02867), tiled as in FlashAttention-2 (Dao
-2023, arXiv:2307.08691, algorithm 1). Logits are kept in base 2, with scale·log₂e folded into one factor.
+The online softmax is that of Milakov and Gimelshein 2018 (arXiv:1805.02867), tiled as in FlashAttention-2
+(Dao 2023, arXiv:2307.08691, algorithm 1). Logits are kept in base 2, with scale·log₂e folded into one factor.
 """
 
 import triton
@@ -18,6 +18,7 @@ from sparsetile.kernels.triton_tiles import (
     dropout_stream,
     load_tile,
     place,
+    product,
     store_tile,
 )
 
@@ -51,7 +52,7 @@ def attend(
         if padding is not None:
             key_ok = key_ok & (tl.load(padding + key0 + keys, mask=key_ok, other=1) == 0)
         k_tile = load_tile(k + key0.to(tl.int64) * sk_n, keys, sk_n, dims, key_ok, D, BLOCK_D, check)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        s = product(q_tile, tl.trans(k_tile), None, PRECISION)
         if biased:
             s = s * scale
             if bias_rows is not None:
@@ -90,9 +91,16 @@ def attend(
         if DROPOUT:
             p = tl.where(dropout_keep(hashes[:, None], (key0 + keys)[None, :], threshold), p, 0.0)
         v_tile = load_tile(v + key0.to(tl.int64) * sv_n, keys, sv_n, dims, key_ok, D, BLOCK_D, check)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
+        acc = product(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], PRECISION)
         peak = new_peak
     return acc, total, peak
+
+
+@triton.jit
+def put(out, lse, at, queries, dims, queries_ok, result, row_lse, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store a block of rows and its LSE; ``at`` counts rows of both buffers."""
+    store_tile(out + at * D, queries, D, dims, queries_ok, result, D, BLOCK_D)
+    tl.store(lse + at + queries, row_lse, mask=queries_ok)
 
 
 # fmt: off
@@ -106,7 +114,8 @@ def forward_kernel(
     NEGATE: tl.constexpr, PRECISION: tl.constexpr,
 ):
     # fmt: on
-    """out and lse of M queries of one work item; ``NEGATE`` serves negative scales (``scale`` itself is positive)."""
+    """out and lse of M queries of one work item; ``NEGATE`` serves negative scales (``scale`` itself is
+    positive)."""
     subs: tl.constexpr = BLOCK_Q // M
     program = tl.program_id(0)
     item = (program // subs) % item_count
@@ -128,7 +137,7 @@ def forward_kernel(
         q + batch * sq_b + head * sq_h + query0 * sq_n, queries, sq_n, dims, queries_ok, D, BLOCK_D, True
     )
     if NEGATE:
-        q_tile = -q_tile
+        q_tile = (-q_tile.to(tl.float32)).to(q_tile.dtype)
     kv_head = head // group
     k += batch * sk_b + kv_head * sk_h
     v += batch * sv_b + kv_head * sv_h
@@ -147,32 +156,31 @@ def forward_kernel(
     peak = tl.full((M,), float("-inf"), tl.float32)
     # fmt: off
     acc, total, peak = attend(
-        acc, total, peak, q_tile, k, v, start, full_end, others, mask_ids, masks, edges, padding, bias, tile_bias,
-        hashes, first_query + queries, queries_ok, sk_n, sv_n, sb_k, k_len, scale, threshold, False,
-        seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
+        acc, total, peak, q_tile, k, v, start, full_end, others, mask_ids, masks, edges, padding, bias,
+        tile_bias, hashes, first_query + queries, queries_ok, sk_n, sv_n, sb_k, k_len, scale, threshold,
+        False, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
     )
     if PARTIAL:
         acc, total, peak = attend(
-            acc, total, peak, q_tile, k, v, full_end, end, others, mask_ids, masks, edges, padding, bias, tile_bias,
-            hashes, first_query + queries, queries_ok, sk_n, sv_n, sb_k, k_len, scale, threshold, True,
-            seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
+            acc, total, peak, q_tile, k, v, full_end, end, others, mask_ids, masks, edges, padding, bias,
+            tile_bias, hashes, first_query + queries, queries_ok, sk_n, sv_n, sb_k, k_len, scale, threshold,
+            True, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
         )
     # fmt: on
     empty = total == 0.0
     divisor = tl.where(empty, 1.0, total)
     result = acc * (keep_scale / divisor)[:, None]
     row_lse = tl.where(empty, float("-inf"), peak + tl.log2(divisor))
-    slot = -1
-    if part_out is not None:
-        slot = tl.load(items + 4 * item_count + item)
-    if slot >= 0:
-        at = (slot.to(tl.int64) * reps + rep) * BLOCK_Q + first_query
-        store_tile(part_out + at * D, queries, D, dims, queries_ok, result, D, BLOCK_D)
-        tl.store(part_lse + at + queries, row_lse, mask=queries_ok)
+    at = (batch * heads + head) * q_len + query0
+    if part_out is None:
+        put(out, lse, at, queries, dims, queries_ok, result, row_lse * LN2, D, BLOCK_D)
     else:
-        at = (batch * heads + head) * q_len + query0
-        store_tile(out + at * D, queries, D, dims, queries_ok, result, D, BLOCK_D)
-        tl.store(lse + at + queries, row_lse * LN2, mask=queries_ok)
+        slot = tl.load(items + 4 * item_count + item)
+        if slot >= 0:
+            at = (slot.to(tl.int64) * reps + rep) * BLOCK_Q + first_query
+            put(part_out, part_lse, at, queries, dims, queries_ok, result, row_lse, D, BLOCK_D)
+        else:
+            put(out, lse, at, queries, dims, queries_ok, result, row_lse * LN2, D, BLOCK_D)
 
 
 # fmt: off
@@ -217,6 +225,5 @@ def combine_kernel(
     empty = total == 0.0
     divisor = tl.where(empty, 1.0, total)
     at = (batch * heads + head) * q_len + query0
-    store_tile(out + at * D, queries, D, dims, queries_ok, acc / divisor[:, None], D, BLOCK_D)
     row_lse = tl.where(empty, float("-inf"), peak + tl.log2(divisor))
-    tl.store(lse + at + queries, row_lse * LN2, mask=queries_ok)
+    put(out, lse, at, queries, dims, queries_ok, acc / divisor[:, None], row_lse * LN2, D, BLOCK_D)

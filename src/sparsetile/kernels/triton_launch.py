@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from sparsetile.kernels.triton_config import (
     Kernel,
     Target,
     Tiles,
+    Work,
     chunk_override,
     padded_dim,
     tiles_for,
@@ -72,9 +74,10 @@ def _scheduled(layout: BlockLayout, direction: Direction, owners: _Owners, targe
 
 
 def _strides(name: str, x: Tensor | None, letters: str) -> dict[str, int]:
-    """Strides of the leading dimensions as ``s{name}_{letter}``; 0 along dimensions of size 1 and for None."""
+    """Strides of the leading dimensions as ``s{name}_{letter}``; 0 for dimensions of size 1 and for None."""
     return {
-        f"s{name}_{letter}": 0 if x is None or x.shape[i] == 1 else x.stride(i) for i, letter in enumerate(letters)
+        f"s{name}_{letter}": 0 if x is None or x.shape[i] == 1 else x.stride(i)
+        for i, letter in enumerate(letters)
     }
 
 
@@ -88,7 +91,14 @@ def _bits(dropout_p: float) -> int:
 
 
 def _common(
-    q: Tensor, k: Tensor, v: Tensor, request: Request, plan: Schedule, owners: _Owners, tiles: Tiles, target: Target
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    request: Request,
+    plan: Schedule,
+    owners: _Owners,
+    tiles: Tiles,
+    target: Target,
 ) -> dict[str, Any]:
     """Arguments that all three passes over the tiles take."""
     layout = request.layout
@@ -136,8 +146,13 @@ def _common(
     }
 
 
-def _tiles(kernel: Kernel, q: Tensor, layout: BlockLayout, target: Target) -> Tiles:
-    return tiles_for(kernel, target, q.element_size(), q.shape[-1], layout.block_q, layout.block_k)
+def _tiles(kernel: Kernel, q: Tensor, request: Request, target: Target) -> Tiles:
+    layout = request.layout
+    featured = request.dropout_p > 0 or any(
+        x is not None for x in (request.key_padding_mask, request.attn_bias, request.tile_bias)
+    )
+    work: Work = "featured" if featured else "partial" if layout.masks.shape[0] else "whole"
+    return tiles_for(kernel, target, q.element_size(), q.shape[-1], layout.block_q, layout.block_k, work)
 
 
 def _options(tiles: Tiles) -> dict[str, int]:
@@ -147,11 +162,11 @@ def _options(tiles: Tiles) -> dict[str, int]:
 def forward_launches(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, request: Request, target: Target
 ) -> list[Launch]:
-    """Launches that fill ``out`` ``[B, H, Nq, D]`` (q's dtype) and ``lse`` ``[B, H, Nq]`` (fp32), both contiguous."""
+    """Launches that fill ``out`` ``[B, H, Nq, D]`` and ``lse`` ``[B, H, Nq]`` (fp32), both contiguous."""
     layout = request.layout
     owners = _Owners.of(layout, q.shape[0], q.shape[1])
     plan = _scheduled(layout, "rows", owners, target)
-    tiles = _tiles("forward", q, layout, target)
+    tiles = _tiles("forward", q, request, target)
     rows = plan.slots * owners.reps * layout.block_q
     part_out = q.new_empty((rows, q.shape[-1]), dtype=torch.float32) if rows else None
     part_lse = q.new_empty(rows, dtype=torch.float32) if rows else None
@@ -172,7 +187,12 @@ def forward_launches(
             _combining(
                 triton_forward.combine_kernel,
                 {"part_out": part_out, "part_lse": part_lse, "out": out, "lse": lse},
-                {"heads": q.shape[1], "q_len": layout.q_len, "q_blocks": layout.q_blocks, "BLOCK_Q": layout.block_q},
+                {
+                    "heads": q.shape[1],
+                    "q_len": layout.q_len,
+                    "q_blocks": layout.q_blocks,
+                    "BLOCK_Q": layout.block_q,
+                },
                 plan,
                 owners,
                 layout,
@@ -184,8 +204,8 @@ def forward_launches(
 
 def _combining(
     kernel: Any,
-    tensors: dict[str, Tensor | None],
-    sizes: dict[str, int],
+    tensors: Mapping[str, Tensor | None],
+    sizes: Mapping[str, int],
     plan: Schedule,
     owners: _Owners,
     layout: BlockLayout,
@@ -208,7 +228,9 @@ def _combining(
         "BATCH_SHARED": owners.batch_shared,
         "HEADS_SHARED": owners.heads_shared,
     }
-    return Launch(kernel, count * owners.reps * (block // height), arguments, {"num_warps": 4, "num_stages": 2})
+    return Launch(
+        kernel, count * owners.reps * (block // height), arguments, {"num_warps": 4, "num_stages": 2}
+    )
 
 
 def delta_launch(
@@ -237,8 +259,11 @@ def delta_launch(
 
 
 def heads_a_program(k: Tensor, q: Tensor, layout: BlockLayout, target: Target) -> int:
-    """Query heads that one program of the column pass sums over: the whole group of a key head, if that leaves
-    every multiprocessor work and the heads share their columns; else one, and the sum is taken afterwards."""
+    """Query heads that one program of the column pass sums over.
+
+    The whole group of a key head, if the heads share their columns and that leaves every multiprocessor
+    work; else one, and the sum over the group is taken afterwards.
+    """
     group = q.shape[1] // k.shape[1]
     if layout.heads != 1 or layout.k_blocks * k.shape[0] * k.shape[1] < 2 * target.processors:
         return 1
@@ -257,12 +282,12 @@ def columns_launches(
     request: Request,
     target: Target,
 ) -> list[Launch]:
-    """Launches that fill ``dk`` and ``dv``, contiguous ``[B, H // p, Nk, D]`` with ``p`` of ``heads_a_program``."""
+    """Launches that fill contiguous ``dk`` and ``dv`` ``[B, H // p, Nk, D]``, p from ``heads_a_program``."""
     layout = request.layout
     out_heads, dim = dk.shape[1], q.shape[-1]
     owners = _Owners.of(layout, q.shape[0], out_heads)
     plan = _scheduled(layout, "columns", owners, target)
-    tiles = _tiles("columns", q, layout, target)
+    tiles = _tiles("columns", q, request, target)
     rows = plan.slots * owners.reps * layout.block_k
     parts = [q.new_empty((rows, dim), dtype=torch.float32) if rows else None for _ in range(2)]
     arguments = {
@@ -283,18 +308,22 @@ def columns_launches(
     programs = plan.items.shape[1] * owners.reps * (layout.block_k // tiles.keys)
     launches = [Launch(triton_backward.columns_kernel, programs, arguments, _options(tiles))]
     if rows:
-        sizes = {"heads": out_heads, "length": layout.k_len, "blocks": layout.k_blocks, "BLOCK": layout.block_k}
+        sizes = {
+            "heads": out_heads,
+            "length": layout.k_len,
+            "blocks": layout.k_blocks,
+            "BLOCK": layout.block_k,
+        }
         for part, out in zip(parts, (dk, dv), strict=True):
             tensors = {"parts": part, "out": out}
-            launches.append(
-                _combining(triton_backward.sum_kernel, tensors, sizes, plan, owners, layout, dim)
-            )
+            launches.append(_combining(triton_backward.sum_kernel, tensors, sizes, plan, owners, layout, dim))
     return launches
 
 
-def tile_grad_parts(q: Tensor, layout: BlockLayout, target: Target) -> int:
+def tile_grad_parts(q: Tensor, request: Request, target: Target) -> int:
     """Parts in which the row pass computes a tile's gradient: compute tiles in a layout tile."""
-    tiles = _tiles("rows", q, layout, target)
+    layout = request.layout
+    tiles = _tiles("rows", q, request, target)
     return (layout.block_q // tiles.queries) * (layout.block_k // tiles.keys)
 
 
@@ -313,12 +342,12 @@ def rows_launches(
 ) -> list[Launch]:
     """Launches that fill ``dq`` (contiguous), ``tile_grad`` and ``bias_grad``.
 
-    ``tile_grad`` is fp32 zeros ``[tile_grad_parts, B or 1, H or 1, capacity]``, ``bias_grad`` fp32 zeros ``[B, H, Nq, Nk]``.
+    Both gradients are given as fp32 zeros: ``[tile_grad_parts, B or 1, H or 1, capacity]``, ``[B, H, Nq, Nk]``.
     """
     layout, dim = request.layout, q.shape[-1]
     owners = _Owners.of(layout, q.shape[0], q.shape[1])
     plan = _scheduled(layout, "rows", owners, target)
-    tiles = _tiles("rows", q, layout, target)
+    tiles = _tiles("rows", q, request, target)
     rows = plan.slots * owners.reps * layout.block_q
     part_dq = q.new_empty((rows, dim), dtype=torch.float32) if rows else None
     arguments = {
@@ -340,7 +369,12 @@ def rows_launches(
     programs = plan.items.shape[1] * owners.reps * (layout.block_q // tiles.queries)
     launches = [Launch(triton_backward.rows_kernel, programs, arguments, _options(tiles))]
     if part_dq is not None:
-        sizes = {"heads": q.shape[1], "length": layout.q_len, "blocks": layout.q_blocks, "BLOCK": layout.block_q}
+        sizes = {
+            "heads": q.shape[1],
+            "length": layout.q_len,
+            "blocks": layout.q_blocks,
+            "BLOCK": layout.block_q,
+        }
         tensors = {"parts": part_dq, "out": dq}
         launches.append(_combining(triton_backward.sum_kernel, tensors, sizes, plan, owners, layout, dim))
     return launches

@@ -1,18 +1,19 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,operator,assignment"
-"""Device functions that the forward and the backward kernels share: places, tile loads, mask bits, dropout."""
+"""Device functions that all Triton kernels share: places, tile loads, mask bits, dropout."""
 
 import triton
 import triton.language as tl
 
-INTERPRETED = not isinstance(triton.jit(lambda: None), triton.runtime.JITFunction)
-"""True if the kernels below run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1`` at import)."""
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""True if the kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1`` at import)."""
 
 COUNTS = [
-    "item_count", "split_count", "reps", "heads", "layout_heads", "group", "q_len", "k_len", "length", "q_blocks",
-    "k_blocks", "blocks", "threshold", "tile_grad_step",
+    "item_count", "split_count", "reps", "heads", "layout_heads", "group", "q_len", "k_len", "length",
+    "q_blocks", "k_blocks", "blocks", "threshold", "tile_grad_step",
 ]  # fmt: skip
 """Arguments that differ from layout to layout: specialising on them would compile again and gain nothing."""
 
+_WIDEN = tl.constexpr(INTERPRETED)
 KEY_STEP = tl.constexpr(0x9E3779B1)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -20,7 +21,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def place(row, rep, heads, layout_heads, blocks, BATCH_SHARED: tl.constexpr, HEADS_SHARED: tl.constexpr):
-    """(batch element, head, block) of a flattened layout row run for the rep-th tensor head that shares it."""
+    """(batch element, head, block) of a flattened layout row, run for the rep-th head that shares it."""
     block = row % blocks
     owner = row // blocks
     if HEADS_SHARED:
@@ -40,7 +41,7 @@ def place(row, rep, heads, layout_heads, blocks, BATCH_SHARED: tl.constexpr, HEA
 
 @triton.jit
 def load_tile(base, rows, stride, dims, rows_ok, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
-    """``[rows, BLOCK_D]`` from a base pointer; 0 where ``CHECK`` and not ``rows_ok``, and past dimension D."""
+    """``[rows, BLOCK_D]`` from a base pointer; 0 where ``CHECK`` and not ``rows_ok``, and past D."""
     pointers = base + rows[:, None] * stride + dims[None, :]
     if CHECK:
         if D == BLOCK_D:
@@ -53,6 +54,16 @@ def load_tile(base, rows, stride, dims, rows_ok, D: tl.constexpr, BLOCK_D: tl.co
         else:
             tile = tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
     return tile
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """``a @ b + acc`` in fp32."""
+    if _WIDEN:
+        # The interpreter holds bf16 as bits and would multiply those; in fp32 the products are the GPU's.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -81,7 +92,7 @@ def allowed_pairs(
     """Which pairs of a partial tile are allowed, bool ``[queries, keys]`` (or transposed, if ``KEYS_FIRST``).
 
     ``query`` are positions inside the tile; keys are ``key0 + keys``. A row's words are loaded once each and
-    spread over their 32 columns in registers: loading a word for every pair would cost more than the products.
+    spread over their 32 columns in registers: a load for every pair would cost more than the products.
     """
     words_a_row: tl.constexpr = (BLOCK_K + 31) // 32
     words: tl.constexpr = (N + 31) // 32
@@ -127,6 +138,6 @@ def dropout_row(stream, query):
 
 @triton.jit
 def dropout_keep(row, key, threshold):
-    """Whether the weight stays. ``row`` and ``key`` broadcast against each other; threshold is uint32 bits in an int32."""
+    """Whether the weight stays; ``row`` and ``key`` broadcast, threshold is uint32 bits in an int32."""
     step = tl.full((), KEY_STEP, tl.uint32)
     return mix(row ^ (key.to(tl.uint32) * step)) >= threshold.to(tl.uint32)

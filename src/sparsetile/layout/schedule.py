@@ -23,7 +23,7 @@ from sparsetile.layout.blocks import BlockLayout
 Direction = Literal["rows", "columns"]
 
 HOST_KNOWN = "host_known"
-"""Key of ``BlockLayout._memo``: True if its tile counts came from the host, so one sync at build is harmless."""
+"""Key of ``BlockLayout._memo``: True if its counts came from the host, so one sync is harmless."""
 
 _LENGTH_CLASSES = 512
 
@@ -47,13 +47,15 @@ class Schedule:
 
     Attributes:
         items: ``[5, n]`` int32 (int64 past 2³¹ tiles): row, start, full_end, end, slot of each item. Entries
-            ``start … full_end`` of ``others`` are whole tiles, ``full_end … end`` are partial ones. ``slot`` is −1 for
-            a row that is one item; else where the item puts its part. Row −1: nothing to do. Every row
-            has at least one item, even if it is empty. Items of one layout head stay together, longest first.
-        splits: ``[3, m]``: row, first slot, number of slots (consecutive) of each row of several items; 0 slots: nothing to do.
-        others: ``[capacity]`` int32. Key block (query block for columns) of each entry, whole tiles first in each row.
+            ``start … full_end`` of ``others`` are whole tiles, ``full_end … end`` partial ones. ``slot`` is
+            −1 for a row of one item, else where the item puts its part. Row −1: nothing to do. Every row has
+            an item, even if it is empty. Items of one layout head stay together, longest first.
+        splits: ``[3, m]``: row, first slot and number of slots (consecutive) of each row of several items.
+            0 slots: nothing to do.
+        others: ``[capacity]`` int32. Key block (for columns: query block) of each entry, whole tiles first in
+            each row.
         mask_ids: ``[capacity]`` int32, as in the layout, in the order of ``others``.
-        edges: ``[capacity]`` position of each entry in ``layout.indices``. Empty where that is the entry's own position.
+        edges: ``[capacity]`` position of each entry in ``layout.indices``; empty if that is its own position.
         slots: how many slots a buffer needs for each head that shares the layout.
         partial: whether the layout may hold partial tiles.
         direction: ``"rows"`` or ``"columns"``.
@@ -76,8 +78,8 @@ def schedule(layout: BlockLayout, direction: Direction, chunk: int) -> Schedule:
     """The schedule of a layout, from its memo if it was asked for before.
 
     Args:
-        layout: any layout. Its counts are read back once (a host sync) only if it lives on the CPU or its memo
-            says ``HOST_KNOWN``; that trims the empty items.
+        layout: any layout. Its counts are read back once (a host sync) only if it lives on the CPU or its
+            memo says ``HOST_KNOWN``; that trims the empty items.
         direction: ``"rows"`` for passes that own query blocks, ``"columns"`` for those that own key blocks.
         chunk: longest item, in tiles.
 
@@ -85,7 +87,9 @@ def schedule(layout: BlockLayout, direction: Direction, chunk: int) -> Schedule:
         LayoutError: ``chunk`` is not positive.
     """
     if chunk < 1:
-        raise LayoutError(explain("schedule chunk", expected="at least 1 tile", got=chunk, fix="Pass a positive chunk."))
+        raise LayoutError(
+            explain("schedule chunk", expected="at least 1 tile", got=chunk, fix="Pass a positive chunk.")
+        )
     key = f"schedule {direction} {chunk}"
     known = layout._memo.get(key)
     if isinstance(known, Schedule):
@@ -95,8 +99,10 @@ def schedule(layout: BlockLayout, direction: Direction, chunk: int) -> Schedule:
     return made
 
 
-def chunk_for(layout: BlockLayout, heads: int, processors: int, *, items_per_processor: int, at_least: int) -> int:
-    """Longest item such that ``processors`` stay evenly loaded: a power of two near tiles ÷ (processors · items).
+def chunk_for(
+    layout: BlockLayout, heads: int, processors: int, *, items_per_processor: int, at_least: int
+) -> int:
+    """Longest item that keeps ``processors`` evenly loaded: a power of two near tiles ÷ (processors · items).
 
     Args:
         layout: the layout; only its capacity is looked at, so no host sync.
@@ -172,10 +178,12 @@ def _build(layout: BlockLayout, direction: Direction, chunk: int) -> Schedule:
     )
 
 
-def _whole_tiles_first(layout: BlockLayout, by_rows: bool, indptr: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Entries with each row's whole tiles before its partial ones: (others, mask_ids, edges, whole tiles a row).
+def _whole_tiles_first(
+    layout: BlockLayout, by_rows: bool, indptr: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Whole tiles before partial ones in each row: (others, mask_ids, edges, whole tiles a row).
 
-    Positions come from a running count, not from a sort: O(tiles). Unused entries past the end stay where they are.
+    Positions come from a running count, not from a sort: O(tiles). Unused entries past the end stay there.
     """
     others = layout.indices if by_rows else layout.t_indices
     mask_ids = layout.mask_ids
