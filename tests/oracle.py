@@ -17,9 +17,14 @@ from sparsetile.kernels.dropout import keep_mask
 from sparsetile.kernels.request import Request
 from sparsetile.layout.blocks import BlockLayout
 
-# Relative to the largest value. What rounding the exact answer once to 16 bits costs, and ten times what fp32 sums
-# of a thousand products cost; below these, errors are not compared with dense attention's.
-FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-9 + 1e-5, torch.float16: 2**-12 + 1e-5}
+# Relative to the largest value; errors below are not compared with dense attention's. For 16 bits that is the cost of
+# rounding the exact answer once; gradients start from an output that was rounded, so they are rounded twice.
+FLOOR = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 2**-8 + 1e-5,
+    torch.float16: 2**-11 + 1e-5,
+}
 
 
 def oracle(
@@ -88,6 +93,10 @@ def expand_tiles(values: Tensor, mask: Tensor, block: int) -> Tensor:
     entry = (stored.flatten().cumsum(0) - 1).clamp(min=0).view(stored.shape)
     entry = entry.repeat_interleave(block, 2).repeat_interleave(block, 3)[:, :, :q_len, :k_len]
     batch, heads = max(len(values), len(mask)), max(values.shape[1], mask.shape[1])
+    if not stored.any():
+        return values.sum() + torch.zeros(
+            (batch, heads, q_len, k_len), dtype=values.dtype, device=mask.device
+        )
     entry = entry.expand(batch, heads, -1, -1)
     return values.expand(batch, heads, -1).gather(2, entry.flatten(2)).view(entry.shape)
 
@@ -136,7 +145,13 @@ class Case:
 
     def expected(self) -> dict[str, Tensor]:
         """``out``, ``lse`` and gradients ``q, k, v`` (``tile_bias``, ``attn_bias``) in float64, from the oracle."""
-        leaves = {"q": self.q, "k": self.k, "v": self.v, "attn_bias": self.attn_bias, "tile_bias": self.tile_bias}
+        leaves = {
+            "q": self.q,
+            "k": self.k,
+            "v": self.v,
+            "attn_bias": self.attn_bias,
+            "tile_bias": self.tile_bias,
+        }
         leaf = {n: None if t is None else t.detach().double().requires_grad_() for n, t in leaves.items()}
         tile_bias = leaf["tile_bias"]
         out, lse = oracle(
@@ -191,10 +206,10 @@ class Case:
         )
 
 
-def relative_error(got: Tensor, expected: Tensor) -> float:
+def relative_error(got: Tensor, expected: Tensor, unit: float = 0.05) -> float:
     """Largest difference over the largest value; infinities must agree, NaN is an infinite error.
 
-    Operands are of unit scale: a tensor that cancels to nothing (rows of one key) is measured against 0.05.
+    Operands are of unit scale: a tensor that cancels to nothing (rows of one key) is measured against ``unit``.
     """
     got, expected = got.double(), expected.double()
     infinite = expected.isinf()
@@ -203,7 +218,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     if not (~infinite).any():
         return 0.0
     difference = (got - expected)[~infinite].abs().max().item()
-    return difference / max(expected[~infinite].abs().max().item(), 0.05)
+    return difference / max(expected[~infinite].abs().max().item(), unit)
 
 
 def random_case(
@@ -239,7 +254,10 @@ def random_case(
         return normal(batch, count, length, head_dim)
 
     if mask is None:
-        layout_batch, layout_heads = batch if "per_batch" in features else 1, heads if "per_head" in features else 1
+        layout_batch, layout_heads = (
+            batch if "per_batch" in features else 1,
+            heads if "per_head" in features else 1,
+        )
         mask = random_mask(gen, layout_batch, layout_heads, q_len, k_len, block)
     mask = mask.to(device)
     layout = BlockLayout.from_dense_mask(mask, block)
@@ -335,7 +353,10 @@ def check(backend: object, case: Case) -> None:
     dense = {} if case.q.dtype == torch.float64 else case.dense_errors(expected)
     for name in expected:
         assert got[name].shape == expected[name].shape, f"{name}: {case.describe()}"
-        error = relative_error(got[name], expected[name])
+        # The gradient of a tile's bias sums block² pairs; where they cancel (rows of one tile) errors grow as the root.
+        error = relative_error(got[name], expected[name], 0.05 * (case.block if name == "tile_bias" else 1))
         limit = FLOOR[torch.float32 if name == "lse" and case.q.dtype != torch.float64 else case.q.dtype]
+        if case.q.dtype.itemsize == 2 and name not in ("out", "lse"):
+            limit *= 2
         limit = max(limit, 1.2 * dense.get(name, max(dense.values(), default=0.0) if name != "lse" else 0.0))
         assert error <= limit, f"{name}: relative error {error:.3g} above {limit:.3g}; {case.describe()}"

@@ -76,7 +76,9 @@ def test_backends_drop_the_same_weights(block):
 
 
 def test_expectation_over_seeds_is_attention_without_dropout():
-    case = random_case(dtype=torch.float64, q_len=24, k_len=24, batch=1, heads=2, head_dim=16, features={"dropout"})
+    case = random_case(
+        dtype=torch.float64, q_len=24, k_len=24, batch=1, heads=2, head_dim=16, features={"dropout"}
+    )
     outs = []
     for _ in range(400):
         case.dropout_seed = draw_seed(torch.device("cpu"))

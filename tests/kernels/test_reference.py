@@ -35,7 +35,10 @@ def test_sixteen_bits_round_once(dtype, head_dim):
 @pytest.mark.parametrize("length", [1, "-1", "+0", "+1"])
 def test_lengths_around_a_block(block, length):
     q_len = length if length == 1 else block + int(length)
-    check(reference, random_case(dtype=torch.float64, block=block, q_len=q_len, k_len=q_len + 3, batch=1, heads=2))
+    check(
+        reference,
+        random_case(dtype=torch.float64, block=block, q_len=q_len, k_len=q_len + 3, batch=1, heads=2),
+    )
 
 
 def test_keys_not_kept_do_not_leak():

@@ -69,7 +69,7 @@ def _attend(scores: Scores, chunk: Chunk) -> tuple[Tensor, Tensor]:
         weights.sub_(shift).exp2_()
         step_total = weights.sum(-1, keepdim=True)
         if scores.request.dropout_p > 0:
-            scores.tiled(weights, chunk, step).mul_(scores.keep(chunk, step))
+            scores.drop(chunk, step, weights, 1 / (1 - scores.request.dropout_p))
         if top is None or total is None:
             torch.bmm(weights, values, out=out)
             total = step_total
@@ -80,7 +80,7 @@ def _attend(scores: Scores, chunk: Chunk) -> tuple[Tensor, Tensor]:
         top = new_top
     assert top is not None and total is not None
     lse = (top + total.log2()) / LOG2_E
-    out.div_(total.masked_fill(total == 0, 1) * (1 - scores.request.dropout_p))
+    out.div_(total.masked_fill(total == 0, 1))
     return out, lse
 
 
@@ -99,5 +99,14 @@ def backward(
 ) -> Gradients:
     """Gradients of ``sum(out·grad_out) + sum(lse·grad_lse)``; see ``Backend.backward``."""
     return gradients(
-        grad_out, grad_lse, q, k, v, out, lse, request, tile_bias_grad=tile_bias_grad, attn_bias_grad=attn_bias_grad
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        request,
+        tile_bias_grad=tile_bias_grad,
+        attn_bias_grad=attn_bias_grad,
     )

@@ -13,7 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sparsetile.kernels.cpu_plan import Chunk, Heads, Plan, Step, chunks, first_at_least, layout_plan, plan_rows
+from sparsetile.kernels.cpu_plan import (
+    Chunk,
+    Heads,
+    Plan,
+    Step,
+    chunks,
+    first_at_least,
+    layout_plan,
+    plan_rows,
+)
 from sparsetile.kernels.cpu_scores import LOG2_E, Scores
 from sparsetile.kernels.cpu_tiles import Tiles
 from sparsetile.kernels.request import Gradients, Request
@@ -69,7 +78,12 @@ class Sums:
 
     def restrict(self, plan: Plan, heads: Heads) -> tuple[Plan, Heads]:
         """The rows, tiles and copies that reach this window."""
-        layout, window, nk, key_heads = self.scores.layout, self.window, self.scores.k.blocks, self.scores.key_heads
+        layout, window, nk, key_heads = (
+            self.scores.layout,
+            self.window,
+            self.scores.k.blocks,
+            self.scores.key_heads,
+        )
 
         def within(base: Tensor, batch: bool, head: bool) -> Tensor:
             b, h = base // nk // key_heads, base // nk % key_heads
@@ -110,11 +124,21 @@ class _Backward:
     """The tensors of one backward call as tiles."""
 
     def __init__(
-        self, scores: Scores, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, grads: Gradients
+        self,
+        scores: Scores,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        grads: Gradients,
     ) -> None:
         block = scores.layout.block_q
         self.scores, self.grads = scores, grads
-        self.grad_out, self.out, self.grad_q = Tiles(grad_out, block), Tiles(out, block), Tiles(grads.q, block)
+        self.grad_out, self.out, self.grad_q = (
+            Tiles(grad_out, block),
+            Tiles(out, block),
+            Tiles(grads.q, block),
+        )
         self.lse = Tiles(lse[..., None], block)
         self.grad_lse = None if grad_lse is None else Tiles(grad_lse[..., None], block)
 
@@ -135,10 +159,11 @@ class _Backward:
             torch.bmm(grad_out, values.transpose(1, 2), out=slopes)
             kept = weights
             if dropout_p > 0:
-                factor = workspace.take("factor", *weights.shape)
-                factor.copy_(scores.keep(chunk, step).view(weights.shape)).div_(1 - dropout_p)
-                slopes.mul_(factor)
-                kept = factor.mul_(weights)
+                factor = 1 / (1 - dropout_p)
+                kept = workspace.take("kept", *weights.shape).copy_(weights)
+                scores.drop(chunk, step, kept, factor)
+                # The mask once more rather than kept/weights: a weight may be 0.
+                scores.drop(chunk, step, slopes, factor)
             # values is read for the last time above, keys below: their buffers then take the products.
             if sums is not None:
                 ids = sums.ids(step)
@@ -216,4 +241,5 @@ def gradients(
         for chunk in chunks(layout, *part, scores.budget):
             call.run(chunk, sums, rows=len(windows) == 1)
         sums.store()
+        del sums  # before the next window's are made
     return grads

@@ -13,6 +13,7 @@ from sparsetile.kernels.dropout import keep_mask
 from sparsetile.kernels.request import Request
 
 LOG2_E = math.log2(math.e)
+_DROPOUT_ELEMENTS = 2**17
 
 
 class Workspace:
@@ -43,7 +44,11 @@ class Scores:
         self.budget = tile_budget(layout, self.width, self.dtype.itemsize)
         self.unfolded: Heads = unfold_heads(layout, self.batch, self.heads, self.key_heads, self.budget[0])
         self.workspace = Workspace(self.dtype)
-        self.q, self.k, self.v = (Tiles(q, layout.block_q), Tiles(k, layout.block_k), Tiles(v, layout.block_k))
+        self.q, self.k, self.v = (
+            Tiles(q, layout.block_q),
+            Tiles(k, layout.block_k),
+            Tiles(v, layout.block_k),
+        )
         padding = request.key_padding_mask
         self.padding = None if padding is None else Tiles(padding[:, None, :, None], layout.block_k)
         masked = padding is not None or request.attn_bias is not None or layout.masks.numel() > 0
@@ -112,20 +117,28 @@ class Scores:
             tiled = self.tiled(scores, chunk, step)
             tiled.masked_fill_(self._dense_bias(chunk, step) == -math.inf, value)
 
-    def keep(self, chunk: Chunk, step: Step) -> Tensor:
-        """Which weights dropout keeps, in the shape of ``tiled``."""
+    def drop(self, chunk: Chunk, step: Step, weights: Tensor, factor: float) -> None:
+        """Multiplies the weights that dropout keeps by ``factor`` and the others by 0.
+
+        In slices of query rows, because the mask is computed in 64-bit integers, several times the weights' size.
+        """
         assert self.request.seed is not None
         ids, query = self._query_positions(chunk)
-        return keep_mask(
-            self.request.seed, self.request.dropout_p, ids // self.layout.q_blocks, query, self._key_positions(step)
-        )
+        stream, key = ids // self.layout.q_blocks, self._key_positions(step)
+        tiled, block = self.tiled(weights, chunk, step), self.layout.block_q
+        rows = max(1, block * _DROPOUT_ELEMENTS // weights.numel())
+        for row in range(0, block, rows):
+            kept = keep_mask(
+                self.request.seed, self.request.dropout_p, stream, query[:, :, :, row : row + rows], key
+            )
+            tiled[:, :, :, row : row + rows].mul_(kept.to(self.dtype).mul_(factor))
 
     def bias_entries(self, chunk: Chunk, step: Step, bias: Tensor) -> Tensor:
         """Flat positions ``[copies, rows, stack, tiles]`` of the tiles' entries in ``bias`` ``[B|1, H|1, capacity]``."""
         head = chunk.queries // self.layout.q_blocks
-        at = head // self.heads * bias.stride(0) * (bias.shape[0] > 1) + head % self.heads * bias.stride(1) * (
-            bias.shape[1] > 1
-        )
+        at = head // self.heads * bias.stride(0) * (bias.shape[0] > 1) + head % self.heads * bias.stride(
+            1
+        ) * (bias.shape[1] > 1)
         return at[..., None] + step.edges[:, None, :]
 
     def pair_entries(self, chunk: Chunk, step: Step, dense: Tensor) -> Tensor:
@@ -136,7 +149,9 @@ class Scores:
         """
         ids, query = self._query_positions(chunk)
         head = ids // self.layout.q_blocks
-        step_b, step_h, step_q, step_k = (s if n > 1 else 0 for s, n in zip(dense.stride(), dense.shape, strict=True))
+        step_b, step_h, step_q, step_k = (
+            s if n > 1 else 0 for s, n in zip(dense.stride(), dense.shape, strict=True)
+        )
         rows = head // self.heads * step_b + head % self.heads * step_h
         rows = rows + query.clamp(max=self.layout.q_len - 1) * step_q
         return rows + self._key_positions(step).clamp(max=self.layout.k_len - 1) * step_k

@@ -31,7 +31,10 @@ class Tiles:
         whole = length // block
         self.starts: Tensor | None = None
         if self.rest or not tensor.is_contiguous():
-            grid = [torch.arange(n) * s for n, s in ((batch, step_b), (heads, step_h), (self.blocks, block * step_n))]
+            grid = [
+                torch.arange(n) * s
+                for n, s in ((batch, step_b), (heads, step_h), (self.blocks, block * step_n))
+            ]
             starts = grid[0][:, None, None] + grid[1][:, None] + grid[2]
             self.starts = starts.flatten() // unit
         self.whole: Tensor | None = None
