@@ -63,6 +63,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: no such file, damaged, or something else.
     """
     try:
+        # torch.load does not compare the check sums that torch.save writes.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (
         OSError,

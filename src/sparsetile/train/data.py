@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import stat
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,17 +125,19 @@ def _bytes(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
+_NOT_LIBRARY = ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
+
+
 def _standard_library(root: Path) -> Iterator[str]:
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    for name in _files(root):
-        if name.endswith(".py") and not left_out.intersection(name.split("/")):
-            yield name
+    return (name for name in _files(root, _NOT_LIBRARY) if name.endswith(".py"))
 
 
-def _files(root: Path) -> Iterator[str]:
+def _files(root: Path, left_out: tuple[str, ...] = ()) -> Iterator[str]:
     """Paths of the regular files below ``root`` relative to it, hidden ones left out; "." if it is a file."""
     if not root.is_dir():
-        root.stat()
+        # A pipe would be waited for and a device has no end.
+        if not stat.S_ISREG(root.stat().st_mode):
+            raise OSError(0, "neither a file nor a folder")
         yield "."
         return
 
@@ -142,7 +145,7 @@ def _files(root: Path) -> Iterator[str]:
         raise error
 
     for folder, folders, files in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith((".", "__pycache__"))]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in left_out]
         for name in files:
             path = Path(folder, name)
             if not name.startswith(".") and path.is_file():

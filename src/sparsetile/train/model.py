@@ -7,8 +7,9 @@ model learn to copy from far back within about a hundred steps, where others wai
   it, a quarter of the channels each. So one layer can find "where did these bytes stand before, and
   what came next" (an induction head; Olsson et al. 2022, arXiv:2209.11895). No parameters.
 - *RoPE on a quarter of each head's channels*: the others compare content alone, at any distance.
-- *Start*: queries and keys start from the same weights (like is compared with like), the output projection as
-  the transpose of the values' and the head as the embedding (what is attended to becomes more likely).
+- *Start*: queries and keys start from the same weights (like is compared with like), each head's
+  output projection as its values' transpose, scaled to undo them, and the output layer as the embedding (what
+  is attended to becomes more likely).
 """
 
 from __future__ import annotations
@@ -115,13 +116,13 @@ class Layer(nn.Module):
         self.k = Linear(width, config.kv_heads * config.head_dim)
         self.v = Linear(width, config.kv_heads * config.head_dim)
         self.o = Linear(width, width)
-        self.sharpness = nn.Parameter(torch.full((config.heads, 1, 1), 6.0))
+        self.sharpness = nn.Parameter(torch.full((config.heads, 1, 1), 3.0))
         self.gate = Linear(width, config.hidden)
         self.up = Linear(width, config.hidden)
         self.down = Linear(config.hidden, width)
         with torch.no_grad():
             self.q.weight.copy_(self._of_every_head(self.k.weight))
-            self.o.weight.copy_(0.5 * self._of_every_head(self.v.weight).T)
+            self.o.weight.copy_(self._of_every_head(self.v.weight).T * (width / config.head_dim))
             self.down.weight.zero_()
 
     def _of_every_head(self, weight: Tensor) -> Tensor:

@@ -1,0 +1,82 @@
+"""The model: causal, plain in its parts, and ready to copy from the start."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsetile.errors import ArgumentError
+from sparsetile.train.model import KEY_TAPS, QUERY_TAPS, Model, ModelConfig, rope_tables, rotate, shift
+
+SEED = random.SystemRandom().randrange(1 << 32)
+CPU = torch.device("cpu")
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+@pytest.mark.parametrize("sizes", [(0, 64, 4, 2), (2, 60, 4, 2), (2, 64, 4, 3), (2, 64, 4, 0)])
+def test_impossible_sizes_are_named(sizes: tuple[int, int, int, int]) -> None:
+    with pytest.raises(ArgumentError, match="expected .*got layers"):
+        ModelConfig(*sizes)
+
+
+def test_shift_takes_each_part_from_its_tap() -> None:
+    x = torch.arange(1, 9).view(1, 8, 1).expand(1, 8, 4)
+    assert shift(x, KEY_TAPS)[0].T.tolist() == [
+        [0, 1, 2, 3, 4, 5, 6, 7],
+        [0, 0, 1, 2, 3, 4, 5, 6],
+        [0, 0, 0, 1, 2, 3, 4, 5],
+        [1, 2, 3, 4, 5, 6, 7, 8],
+    ]
+    assert torch.equal(shift(x, QUERY_TAPS)[..., 0], x[..., 0])
+
+
+def test_rope_depends_on_the_difference_of_positions_and_spares_the_rest() -> None:
+    torch.manual_seed(SEED)
+    tables = tuple(t.double() for t in rope_tables(50, 8, 10000.0, CPU))
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
+    turned_q, turned_k = (rotate(x.expand(1, 1, 50, 16), (tables[0], tables[1])) for x in (q, k))
+    scores = (turned_q @ turned_k.mT)[0, 0]
+    assert torch.allclose(scores.diagonal(-7), scores[7, 0].expand(43), atol=1e-5)
+    assert torch.equal(turned_q[..., 8:], q[..., 8:].expand(1, 1, 50, 8))
+    assert torch.allclose(turned_q.norm(dim=-1), q.norm(dim=-1).expand(1, 1, 50))
+
+
+def test_no_byte_changes_what_is_said_before_it() -> None:
+    torch.manual_seed(SEED)
+    model = Model(ModelConfig(2, 64, 4, 2))
+    tokens = torch.randint(0, 256, (1, 40))
+    other = tokens.clone()
+    at = random.Random(SEED).randrange(1, 40)
+    other[0, at] = (other[0, at] + 1) % 256
+    with torch.no_grad():
+        a, b = model(tokens, causal), model(other, causal)
+    assert torch.equal(a[:, :at], b[:, :at]) and not torch.equal(a[:, at], b[:, at]), SEED
+
+
+def test_every_parameter_gets_a_gradient_within_two_steps() -> None:
+    torch.manual_seed(SEED)
+    model = Model(ModelConfig(2, 64, 4, 2))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        tokens = torch.randint(0, 256, (2, 33))
+        optimiser.zero_grad()
+        F.cross_entropy(model(tokens[:, :-1], causal).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimiser.step()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_bfloat16_is_near_float32_and_weights_stay_float32() -> None:
+    torch.manual_seed(SEED)
+    model = Model(ModelConfig(1, 64, 4, 2))
+    tokens = torch.randint(0, 256, (1, 64))
+    with torch.no_grad():
+        wide, narrow = model(tokens, causal), model(tokens, causal, torch.bfloat16)
+    assert narrow.dtype == torch.float32 and model.head.weight.dtype == torch.float32
+    assert (wide - narrow).norm() / wide.norm() < 0.1
