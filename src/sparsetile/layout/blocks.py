@@ -389,7 +389,7 @@ class BlockLayout:
         """Raises LayoutError that names the first broken invariant of the class. Syncs with the device."""
         broken = first_broken(self)
         if broken is not None:
-            raise LayoutError(f"{self!r} is malformed: {broken}")
+            raise LayoutError(f"The layout is malformed: {broken}. Build it with one of the constructors.")
 
     def __repr__(self) -> str:
         if "nnz" in self._memo:

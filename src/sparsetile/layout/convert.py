@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,8 +84,9 @@ def block_tiles(mask: Tensor, q_len: int, k_len: int, block_q: int, block_k: int
 def compressed_rows(starts: Tensor, cols: Tensor, q_blocks: int, k_blocks: int) -> tuple[Tensor, Tensor, int]:
     """``(row, col, groups)`` of row starts ``[…, q_blocks + 1]`` and ``[…, tiles]``, checked and sorted."""
     starts, cols = starts.detach().cpu().long(), cols.detach().cpu().long()
-    starts, cols = starts.reshape(-1, starts.shape[-1]), cols.reshape(-1, cols.shape[-1])
+    starts = starts.reshape(-1, starts.shape[-1])
     groups = starts.shape[0]
+    cols = cols.reshape(math.prod(cols.shape[:-1]), cols.shape[-1])
     sound = (
         starts.shape[1] == q_blocks + 1
         and cols.shape[0] == groups
@@ -186,7 +188,7 @@ def to_flex(layout: BlockLayout) -> BlockMask:
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         number = table[b * own_batch, h * own_heads, q // block_q, k // block_k].int()
         word = masks[number.clamp(min=0), q % block_q, k % block_k // 32]
-        return (number == build.FULL) | ((number >= 0) & ((word >> (k % 32).int()) & 1 == 1))
+        return (number == build.FULL) | ((number >= 0) & ((word >> (k % block_k % 32).int()) & 1 == 1))
 
     return BlockMask.from_kv_blocks(
         *listed(table >= 0),

@@ -10,7 +10,17 @@ from torch import Tensor
 from sparsetile.errors import PatternError, explain
 from sparsetile.patterns.base import Intersection, Pattern, Union
 from sparsetile.patterns.parameters import unresolved
-from sparsetile.patterns.tiles import Grid, Key, Span, State, Tiles, mask_words, ones, representatives
+from sparsetile.patterns.tiles import (
+    Grid,
+    Key,
+    Span,
+    State,
+    Tiles,
+    combine,
+    mask_words,
+    ones,
+    representatives,
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,19 +82,22 @@ class BlockAligned(Pattern):
         q, k, head = q.expand(shape), k.expand(shape), torch.as_tensor(head).expand(shape)
         row = torch.div(q - self.offset, self.block_q, rounding_mode="floor")
         col = torch.div(k, self.block_k, rounding_mode="floor")
-        tiles, index = torch.unique(
-            torch.stack((row, col, head), -1).reshape(-1, 3), dim=0, return_inverse=True
-        )
-        q_in = tiles[:, 0, None, None] * self.block_q + self.offset + torch.arange(self.block_q)[:, None]
-        k_in = tiles[:, 1, None, None] * self.block_k + torch.arange(self.block_k)
+        shape = (row + col + head).shape
+        each = [x.expand(shape).flatten() for x in (row, col, torch.as_tensor(head, dtype=torch.int64))]
+        if not each[0].numel():
+            return torch.empty(shape, dtype=torch.bool)
+        lows = [int(x.min()) for x in each]
+        keys = [Key(x - low, int(x.max()) - low + 1) for x, low in zip(each, lows, strict=True)]
+        which, index = representatives(combine(keys).values)
+        rows, cols, heads = (x[which][:, None, None] for x in each)
+        q_in = rows * self.block_q + self.offset + torch.arange(self.block_q)[:, None]
+        k_in = cols * self.block_k + torch.arange(self.block_k)
         step = max(1, (1 << 18) // (self.block_q * self.block_k))
         kept = [
             self.inner.allows(a, b, h).expand(-1, self.block_q, self.block_k).flatten(1).any(1)
-            for a, b, h in zip(
-                q_in.split(step), k_in.split(step), tiles[:, 2, None, None].split(step), strict=True
-            )
+            for a, b, h in zip(*(torch.split(x, step) for x in (q_in, k_in, heads)), strict=True)
         ]
-        return torch.cat(kept)[index].reshape(q.shape)
+        return torch.cat(kept)[index].reshape(shape)
 
     def _whole(self, grid: Grid) -> Grid:
         mine = (self.block_q, self.block_k, self.offset)
