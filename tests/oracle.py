@@ -17,8 +17,9 @@ from sparsetile.kernels.dropout import keep_mask
 from sparsetile.kernels.request import Request
 from sparsetile.layout.blocks import BlockLayout
 
-# Relative to the largest value; errors below are not compared with dense attention's. For 16 bits that is the cost of
-# rounding the exact answer once; gradients start from an output that was rounded, so they are rounded twice.
+# Relative to the largest value; errors below are not compared with dense attention's. For 16 bits that is
+# the cost of rounding the exact answer once; gradients start from an output that was rounded, so they are
+# rounded twice.
 FLOOR = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
@@ -39,7 +40,8 @@ def oracle(
     dropout_keep: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Float64 output ``[B, H, Nq, D]`` and LSE ``[B, H, Nq]``; safe at rows without keys (0, −inf, no gradient).
+    """Float64 output ``[B, H, Nq, D]`` and LSE ``[B, H, Nq]``; safe at rows without keys (0, −inf, no
+    gradient).
 
     mask broadcasts to ``[B, H, Nq, Nk]``, True = may attend; attn_bias and tile_bias (written out per pair)
     likewise; key_padding_mask ``[B, Nk]``, True = ignore; dropout_keep ``[B, H, Nq, Nk]``.
@@ -70,7 +72,7 @@ def oracle(
 
 
 def random_mask(gen: random.Random, batch: int, heads: int, q_len: int, k_len: int, block: int) -> Tensor:
-    """``[batch, heads, q_len, k_len]`` bool: tiles that are missing, whole or partial, and some empty rows."""
+    """``[batch, heads, q_len, k_len]`` bool: tiles missing, whole or partial, and some empty rows."""
     seed = gen.getrandbits(40)
     rng = torch.Generator().manual_seed(seed)
     nq, nk = -(-q_len // block), -(-k_len // block)
@@ -144,7 +146,8 @@ class Case:
         return keep_mask(self.dropout_seed, self.dropout_p, stream, query, key)
 
     def expected(self) -> dict[str, Tensor]:
-        """``out``, ``lse`` and gradients ``q, k, v`` (``tile_bias``, ``attn_bias``) in float64, from the oracle."""
+        """The oracle's ``out``, ``lse`` and gradients ``q, k, v`` (``tile_bias``, ``attn_bias``) in
+        float64."""
         leaves = {
             "q": self.q,
             "k": self.k,
@@ -178,7 +181,8 @@ class Case:
         return answer
 
     def dense_errors(self, expected: dict[str, Tensor]) -> dict[str, float]:
-        """Relative errors of dense ``F.scaled_dot_product_attention`` in this dtype; it knows no dropout or LSE."""
+        """Relative errors of dense ``F.scaled_dot_product_attention`` in this dtype, without dropout and
+        LSE."""
         plain = Case(**{**self.__dict__, "dropout_p": 0.0, "dropout_seed": None, "grad_lse": None})
         if self.dropout_p or self.grad_lse is not None:
             expected = plain.expected()
@@ -209,7 +213,8 @@ class Case:
 def relative_error(got: Tensor, expected: Tensor, unit: float = 0.05) -> float:
     """Largest difference over the largest value; infinities must agree, NaN is an infinite error.
 
-    Operands are of unit scale: a tensor that cancels to nothing (rows of one key) is measured against ``unit``.
+    Operands are of unit scale: a tensor that cancels to nothing (rows of one key) is measured against
+    ``unit``.
     """
     got, expected = got.double(), expected.double()
     infinite = expected.isinf()
@@ -236,8 +241,11 @@ def random_case(
     mask: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> Case:
-    """A fresh problem. Features: ``tile_bias``, ``attn_bias`` (with −inf), ``padding``, ``dropout``, ``lse`` (its gradient),
-    ``per_head``, ``per_batch`` (layouts), ``gqa``, ``strided`` (operands stored ``[B, N, H, D]``)."""
+    """A fresh problem.
+
+    Features: ``tile_bias``, ``attn_bias`` (with −inf), ``padding``, ``dropout``, ``lse`` (its gradient),
+    ``per_head`` and ``per_batch`` (layouts), ``gqa``, ``strided`` (operands stored ``[B, N, H, D]``).
+    """
     seed = random.SystemRandom().getrandbits(32) if seed is None else seed
     gen = random.Random(seed)
     rng = torch.Generator().manual_seed(seed)
@@ -306,7 +314,7 @@ def sum_to(grad: Tensor, shape: torch.Size) -> Tensor:
 
 
 def run(backend: object, case: Case) -> dict[str, Tensor]:
-    """What a backend answers, named as ``Case.expected`` names it; bias gradients unsummed under ``*_full``."""
+    """What a backend answers, named as ``Case.expected`` names it; bias gradients summed to their biases."""
     request = case.request()
     assert backend.why_not(case.q, case.k, case.v, request) is None
     out, lse = backend.forward(case.q, case.k, case.v, request)
@@ -331,7 +339,7 @@ def run(backend: object, case: Case) -> dict[str, Tensor]:
 
 
 def _bias_sum(grad: Tensor, case: Case) -> Tensor:
-    """A tile of a layout per batch element or head reads one entry of a wider bias: its gradient falls there alone."""
+    """Sums a tile bias gradient; a tile of a layout per head reads one head's entry of a wider bias."""
     batch, heads = case.q.shape[:2]
     per_batch, per_head = case.layout.batch > 1, case.layout.heads > 1
     assert grad.shape == (1 if per_batch else batch, 1 if per_head else heads, case.layout.capacity)
@@ -348,12 +356,13 @@ def _bias_sum(grad: Tensor, case: Case) -> Tensor:
 
 
 def check(backend: object, case: Case) -> None:
-    """Asserts that a backend's output and gradients are as accurate as dense attention's in the same dtype."""
+    """Asserts that a backend's output and gradients are as accurate as dense attention in the same dtype."""
     expected, got = case.expected(), run(backend, case)
     dense = {} if case.q.dtype == torch.float64 else case.dense_errors(expected)
     for name in expected:
         assert got[name].shape == expected[name].shape, f"{name}: {case.describe()}"
-        # The gradient of a tile's bias sums block² pairs; where they cancel (rows of one tile) errors grow as the root.
+        # A tile bias gradient sums block² pairs; where they cancel (rows of one tile) errors grow as the
+        # root.
         error = relative_error(got[name], expected[name], 0.05 * (case.block if name == "tile_bias" else 1))
         limit = FLOOR[torch.float32 if name == "lse" and case.q.dtype != torch.float64 else case.q.dtype]
         if case.q.dtype.itemsize == 2 and name not in ("out", "lse"):

@@ -5,10 +5,10 @@ import random
 
 import pytest
 import torch
-from oracle import check, random_case, run
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from oracle import check, random_case, run
 from sparsetile.kernels import cpu, reference
 from sparsetile.kernels.cpu_backward import _windows
 from sparsetile.kernels.cpu_plan import chunks, first_at_least, layout_plan

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from oracle import check, random_case, relative_error, run
 
+from oracle import check, random_case, relative_error, run
 from sparsetile.kernels import reference
 
 FEATURES = ["tile_bias", "attn_bias", "padding", "dropout", "lse", "per_head", "per_batch", "gqa", "strided"]

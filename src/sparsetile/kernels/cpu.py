@@ -1,9 +1,9 @@
 """Exact block-sparse attention on the CPU.
 
-Tiles are computed a chunk at a time: gather keys and values, one batched product for the scores, softmax in base
-2, one batched product for the output. A chunk's scores stay in the processor's cache, and the workspace is bounded
-whatever the sequence length. Rows longer than a chunk are walked in steps with the running maximum and sum of
-Milakov & Gimelshein 2018 (arXiv:1805.02867), many rows side by side.
+Tiles are computed a chunk at a time: gather keys and values, one batched product for the scores, softmax in
+base 2, one batched product for the output. A chunk's scores stay in the processor's cache, and the
+workspace is bounded whatever the sequence length. Rows longer than a chunk are walked in steps with the
+running maximum and sum of Milakov & Gimelshein 2018 (arXiv:1805.02867), many rows side by side.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Backward of the CPU backend: five batched products a chunk, weights recomputed from the LSE.
 
-With P = exp(S − lse), δ = rowsum(dO∘O) and the gradient of the LSE, Dao et al. 2022 (arXiv:2205.14135, algorithm 4)
-give dV = PᵀdO, dS = P∘(dOVᵀ − δ + dlse), dQ = scale·dS·K, dK = scale·dSᵀQ. Sums over the tiles of a column run in
-one fixed order, so gradients are bitwise equal from run to run.
+With P = exp(S − lse), δ = rowsum(dO∘O) and the gradient of the LSE, Dao et al. 2022 (arXiv:2205.14135,
+algorithm 4) give dV = PᵀdO, dS = P∘(dOVᵀ − δ + dlse), dQ = scale·dS·K, dK = scale·dSᵀQ. Sums over the tiles
+of a column run in one fixed order, so gradients are bitwise equal from run to run.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Window:
 class Sums:
     """dK and dV of a window, as tiles that chunks add to.
 
-    The sums of fp32 and float64 calls are the gradients themselves. 16-bit gradients are summed in fp32 in a buffer of
-    bounded size, one window after the other.
+    The sums of fp32 and float64 calls are the gradients themselves. 16-bit gradients are summed in fp32 in
+    a buffer of bounded size, one window after the other.
     """
 
     def __init__(self, window: Window, scores: Scores, grads: tuple[Tensor, Tensor]) -> None:
@@ -103,7 +103,7 @@ class Sums:
 
 
 def _windows(scores: Scores, *, bounded: bool) -> list[Window]:
-    """One window of everything; bounded: whole batch elements, else heads, else runs of key blocks that fit."""
+    """One window of everything; bounded: batch elements, else heads, else runs of key blocks that fit."""
     batch, heads, blocks = range(scores.batch), range(scores.key_heads), range(scores.k.blocks)
     if not bounded:
         return [Window(batch, heads, blocks)]

@@ -1,8 +1,8 @@
 """How the CPU backend cuts a layout into chunks: rows of equal tile count side by side, long rows in steps.
 
-Rows of one count form a rectangle without padding. ``d`` distinct counts need at least ``d²/2`` tiles, so there are at
-most ``tiles / budget + √(2·tiles)`` chunks whatever the pattern, and a row of thousands of tiles is walked
-in steps by an online softmax beside the other rows of its count.
+Rows of one count form a rectangle without padding. ``d`` distinct counts need at least ``d²/2`` tiles, so
+there are at most ``tiles / budget + √(2·tiles)`` chunks whatever the pattern, and a row of thousands of
+tiles is walked in steps by an online softmax beside the other rows of its count.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _CHUNK_ELEMENTS = 32 * (128 * 128 + 3 * 128 * 64)  # measured: 2 MiB of fp32 sco
 
 @dataclass(frozen=True)
 class Group:
-    """Layout rows ``rows`` ``[n]`` that all have ``count`` tiles, starting at ``first`` ``[n]`` in ``layout.indices``."""
+    """Layout rows ``rows`` ``[n]`` of ``count`` tiles each, from ``first`` ``[n]`` on in
+    ``layout.indices``."""
 
     count: int
     rows: Tensor
@@ -42,7 +43,7 @@ def plan_rows(layout: BlockLayout, first: Tensor, counts: Tensor) -> Plan:
     order = torch.sort(counts, descending=True, stable=True).indices
     values, sizes = torch.unique_consecutive(counts[order], return_counts=True)
     groups = []
-    for count, rows in zip(values.tolist(), order.split(sizes.tolist()), strict=True):
+    for count, rows in zip(values.tolist(), torch.split(order, sizes.tolist()), strict=True):
         if count:
             groups.append(Group(count, rows, first[rows]))
     return Plan(tuple(groups), bool((counts == 0).any()), bool((layout.mask_ids >= 0).any()))
@@ -75,8 +76,9 @@ def first_at_least(layout: BlockLayout, column: int) -> Tensor:
 class Heads:
     """How layout rows unfold over the batch elements and heads of a call.
 
-    ``stack`` query heads that share a key head and a layout row are stacked in one matrix product. A *copy* is one
-    unfolding of a shared layout. Ids count tiles of ``[B, H, blocks]``; those of a (copy, row) pair are sums.
+    ``stack`` query heads that share a key head and a layout row are stacked in one matrix product. A *copy*
+    is one unfolding of a shared layout. Ids count tiles of ``[B, H, blocks]``; those of a (copy, row) pair
+    are sums.
     """
 
     stack: int
@@ -120,8 +122,8 @@ def tile_budget(layout: BlockLayout, width: int, itemsize: int) -> tuple[int, in
 class Step:
     """Key tiles ``[copies, rows, tiles]`` of one step of a chunk, and where they stand in the layout.
 
-    ``edges`` ``[rows, tiles]`` are positions in ``layout.indices``; ``partial`` lists ``(start, stop, mask ids)`` for runs
-    of tile columns that hold partial tiles, mask ids ``[rows or 1, stop − start]``.
+    ``edges`` ``[rows, tiles]`` are positions in ``layout.indices``; ``partial`` lists ``(start, stop, mask
+    ids)`` for runs of tile columns that hold partial tiles, mask ids ``[rows or 1, stop − start]``.
     """
 
     keys: Tensor
@@ -154,7 +156,7 @@ class Chunk:
 
 
 def _partial_runs(mask_ids: Tensor) -> tuple[tuple[int, int, Tensor], ...]:
-    """Runs of columns of ``mask_ids`` ``[rows, tiles]`` with partial tiles; beyond two, one run spans them all."""
+    """Runs of columns of ``mask_ids`` ``[rows, tiles]`` with partial tiles; beyond two, one run spans all."""
     columns = (mask_ids >= 0).any(0).nonzero().squeeze(1).tolist()
     if not columns:
         return ()

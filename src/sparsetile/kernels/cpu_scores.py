@@ -33,7 +33,7 @@ class Workspace:
 
 
 class Scores:
-    """Scaled, biased and masked logits of chunks, times log₂e so that ``exp2`` (cheaper than ``exp``) follows."""
+    """Scaled, biased and masked logits of chunks, times log₂e for ``exp2``, which is cheaper than ``exp``."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, request: Request) -> None:
         layout = self.layout = request.layout
@@ -52,7 +52,7 @@ class Scores:
         padding = request.key_padding_mask
         self.padding = None if padding is None else Tiles(padding[:, None, :, None], layout.block_k)
         masked = padding is not None or request.attn_bias is not None or layout.masks.numel() > 0
-        # Where some pair of a computed tile is forbidden, its weight 0 must not meet an inf or NaN value: 0·NaN = NaN.
+        # The weight 0 of a forbidden pair must not meet an inf or NaN: 0·NaN = NaN.
         self.careful = masked and not bool(torch.isfinite(k.sum() + v.sum()))
 
     def load(self, name: str, tiles: Tiles, ids: Tensor) -> Tensor:
@@ -69,8 +69,8 @@ class Scores:
     def keys_values(self, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values ``[n, keys, D]``, and in the careful case which keys ``[n, keys]`` hold inf or NaN.
 
-        Those keys are zeroed; ``logits`` puts NaN in their columns, so that a row that attends one becomes NaN
-        and a row that does not is untouched.
+        Those keys are zeroed; ``logits`` puts NaN in their columns, so that a row that attends one becomes
+        NaN and a row that does not is untouched.
         """
         keys, values = self.load("k", self.k, step.keys), self.load("v", self.v, step.keys)
         if not self.careful:
@@ -120,7 +120,8 @@ class Scores:
     def drop(self, chunk: Chunk, step: Step, weights: Tensor, factor: float) -> None:
         """Multiplies the weights that dropout keeps by ``factor`` and the others by 0.
 
-        In slices of query rows, because the mask is computed in 64-bit integers, several times the weights' size.
+        In slices of query rows, because the mask is computed in 64-bit integers, several times the weights'
+        size.
         """
         assert self.request.seed is not None
         ids, query = self._query_positions(chunk)
@@ -134,7 +135,7 @@ class Scores:
             tiled[:, :, :, row : row + rows].mul_(kept.to(self.dtype).mul_(factor))
 
     def bias_entries(self, chunk: Chunk, step: Step, bias: Tensor) -> Tensor:
-        """Flat positions ``[copies, rows, stack, tiles]`` of the tiles' entries in ``bias`` ``[B|1, H|1, capacity]``."""
+        """Flat positions ``[copies, rows, stack, tiles]`` in ``bias`` ``[B|1, H|1, capacity]``."""
         head = chunk.queries // self.layout.q_blocks
         at = head // self.heads * bias.stride(0) * (bias.shape[0] > 1) + head % self.heads * bias.stride(
             1
@@ -144,8 +145,8 @@ class Scores:
     def pair_entries(self, chunk: Chunk, step: Step, dense: Tensor) -> Tensor:
         """Positions in the storage of ``dense`` ``[B|1, H|1, Nq, Nk]``, in the shape of ``tiled``.
 
-        Pairs past the ends are clamped onto the last token: they are forbidden by the layout, so what is read is
-        replaced and what is added is 0.
+        Pairs past the ends are clamped onto the last token: they are forbidden by the layout, so what is
+        read is replaced and what is added is 0.
         """
         ids, query = self._query_positions(chunk)
         head = ids // self.layout.q_blocks

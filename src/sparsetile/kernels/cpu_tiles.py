@@ -11,10 +11,11 @@ from torch import Tensor
 class Tiles:
     """A ``[B, H, N, D]`` tensor of any strides as ``B·H·ceil(N/block)`` tiles of ``block × D``.
 
-    Tile ``(b·H + h)·blocks + j`` holds tokens ``j·block …``. A view with the greatest common divisor of all tile
-    offsets as its first stride reaches every tile by one index, so nothing is copied to make strides regular
-    (``[B, N, H, D]`` storage and slices of a fused qkv are read in place). The last tile of a ragged length
-    is served from a second, shorter view: it reads as zeros past the end and is never written there.
+    Tile ``(b·H + h)·blocks + j`` holds tokens ``j·block …``. A view with the greatest common divisor of all
+    tile offsets as its first stride reaches every tile by one index, so nothing is copied to make strides
+    regular (``[B, N, H, D]`` storage and slices of a fused qkv are read in place). The last tile of a
+    ragged length is served from a second, shorter view: it reads as zeros past the end and is never written
+    there.
     """
 
     def __init__(self, tensor: Tensor, block: int) -> None:
@@ -57,7 +58,7 @@ class Tiles:
         if self.tail is None:
             assert self.whole is not None
             return torch.index_select(self.whole, 0, starts, out=out)
-        whole, ragged = self._split(ids)
+        ragged = self._split(ids)[1]
         if not len(ragged):
             assert self.whole is not None
             return torch.index_select(self.whole, 0, starts, out=out)

@@ -1,7 +1,7 @@
 """Dense attention in float64 with explicit gradients: slow, memory-hungry, and the answer to compare with.
 
-Everything is computed in float64 from q, k, v whatever their dtype, and rounded once at the end; backward starts from
-q, k, v again rather than from the rounded output. Memory is O(B·H·Nq·Nk).
+Everything is computed in float64 from q, k, v whatever their dtype, and rounded once at the end; backward
+starts from q, k, v again rather than from the rounded output. Memory is O(B·H·Nq·Nk).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparsetile.layout.blocks import BlockLayout
 
 
 class _Dense(NamedTuple):
-    """A layout written out: ``keep`` and ``edge`` ``[Lb, Lh, Nq, Nk]``: kept pairs, and the tile of each (−1: none)."""
+    """A layout written out, ``[Lb, Lh, Nq, Nk]``: the kept pairs, and the tile of each pair (−1: none)."""
 
     keep: Tensor
     edge: Tensor
@@ -81,7 +81,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> _Attention:
     allowed = allowed & (bias != -math.inf)
     if request.key_padding_mask is not None:
         allowed = allowed & ~request.key_padding_mask[:, None, None, :]
-    # A key with inf or NaN must reach only the rows that attend it, but 0·NaN is NaN: zero it and mark its column.
+    # A key with inf or NaN must reach only rows that attend it, but 0·NaN is NaN: zero it, mark its column.
     bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))
     k, v = k.masked_fill(bad[..., None], 0), v.masked_fill(bad[..., None], 0)
     scores = request.scale * (q @ k.transpose(-1, -2)) + bias
