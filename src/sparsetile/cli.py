@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from sparsetile.layout.blocks import BlockLayout
 
+_MOST_TOKENS = 1 << 40  # positions of pairs must fit int64 with room to spare
 _DESCRIPTION = "Block-sparse attention for PyTorch: look at patterns, check this machine, measure, train."
 _COMMANDS = {
     "doctor": (
@@ -104,8 +105,8 @@ def token_count(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"expected a number of tokens like 4096, 64K or 1M, got {text!r}"
         ) from None
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1 token, got {text!r}")
+    if not 1 <= count <= _MOST_TOKENS:
+        raise argparse.ArgumentTypeError(f"expected 1 to {_MOST_TOKENS:,} tokens, got {text!r}")
     return count
 
 

@@ -159,6 +159,7 @@ def _lines_over_length(
                 labels.setdefault(text, line)
             axes.set(xscale="log", yscale="log")
             axes.grid(True, which="major", alpha=0.3)
+            _plain_ticks(axes.yaxis)
             if down == 0:
                 axes.set_title(pattern, fontsize=10)
             if across == 0:
@@ -206,7 +207,8 @@ def _draw_efficiency(figure: Any, rows: list[Row], colours: dict[str, str]) -> b
         axes.axhline(1, color="0.4", linewidth=0.8, linestyle="--")
         axes.set(xscale="log", yscale="log", xlabel="density (tiles kept)", title=phase)
         axes.grid(True, which="major", alpha=0.3)
-        _plain_ticks(axes)
+        _plain_ticks(axes.xaxis)
+        _plain_ticks(axes.yaxis)
     panels[0].set_ylabel("speed-up over dense ÷ ideal (1 / density)")
     figure.legend(
         labels.values(),
@@ -229,13 +231,13 @@ def _length_ticks(panels: Iterable[Any], lengths: list[int]) -> None:
         axes.set_xlabel("N (tokens)", fontsize=9)
 
 
-def _plain_ticks(axes: Any) -> None:
+def _plain_ticks(axis: Any) -> None:
+    """1, 2, 5, 10 … as plain numbers on a logarithmic axis, also where it spans less than a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_minor_formatter(NullFormatter())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=15))
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _by_case(rows: list[Row]) -> list[list[Row]]:
