@@ -8,7 +8,7 @@ from hypothesis import given, note
 
 from pattern_draws import HEADS, Case, case, runs
 from sparsetile.layout import BlockLayout, build
-from sparsetile.patterns import Causal, Documents, Global, Local, Random, Strided
+from sparsetile.patterns import Causal, Dilated, Documents, Global, Local, LogStrided, Random, Strided
 from sparsetile.patterns.tiles import Grid, Span
 
 
@@ -46,6 +46,20 @@ def test_the_usual_pattern_at_every_edge(block, length):
     pattern = (Local(100) | Global(20)) & Causal()
     for q_len in {1, length, max(1, length // 2), length + 37}:
         agrees(Case(pattern, q_len, length, block, block))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Local(2**48) & Global(2**48) & Causal(),
+        Local(50) | (Dilated(2**48, 2**48, 2**48) & Strided(2**48, 1, 2**48)),
+        (Dilated(2**48, 2**48, 1) | LogStrided(2**48, 1)) & Local(2**48, 7),
+        Random(1e-12, unit=1) | Local(40),
+    ],
+    ids=repr,
+)
+def test_parameters_far_beyond_the_length(pattern):
+    agrees(Case(pattern, 150, 170, 32, 32))
 
 
 def test_documents_across_blocks():

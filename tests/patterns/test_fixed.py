@@ -102,6 +102,8 @@ def test_values_compare_hash_and_pickle():
         lambda: Local(1, -1),
         lambda: Local(1.5),
         lambda: Local(True),
+        lambda: Local(2**60),
+        lambda: Documents([2**60]),
         lambda: Global(0),
         lambda: Global(2, rows=False, columns=False),
         lambda: Global(2, rows=1),

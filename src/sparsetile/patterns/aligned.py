@@ -83,15 +83,16 @@ class BlockAligned(Pattern):
         row = torch.div(q - self.offset, self.block_q, rounding_mode="floor")
         col = torch.div(k, self.block_k, rounding_mode="floor")
         shape = (row + col + head).shape
-        each = [x.expand(shape).flatten() for x in (row, col, torch.as_tensor(head, dtype=torch.int64))]
+        heads = torch.as_tensor(head, dtype=torch.int64, device=q.device)
+        each = [x.expand(shape).flatten() for x in (row, col, heads)]
         if not each[0].numel():
-            return torch.empty(shape, dtype=torch.bool)
+            return torch.empty(shape, dtype=torch.bool, device=q.device)
         lows = [int(x.min()) for x in each]
         keys = [Key(x - low, int(x.max()) - low + 1) for x, low in zip(each, lows, strict=True)]
         which, index = representatives(combine(keys).values)
         rows, cols, heads = (x[which][:, None, None] for x in each)
-        q_in = rows * self.block_q + self.offset + torch.arange(self.block_q)[:, None]
-        k_in = cols * self.block_k + torch.arange(self.block_k)
+        q_in = rows * self.block_q + self.offset + torch.arange(self.block_q, device=q.device)[:, None]
+        k_in = cols * self.block_k + torch.arange(self.block_k, device=q.device)
         step = max(1, (1 << 18) // (self.block_q * self.block_k))
         kept = [
             self.inner.allows(a, b, h).expand(-1, self.block_q, self.block_k).flatten(1).any(1)

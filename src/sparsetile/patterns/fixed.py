@@ -12,7 +12,16 @@ from torch import Tensor
 
 from sparsetile.errors import PatternError, explain
 from sparsetile.patterns.base import Interval, Pattern
-from sparsetile.patterns.parameters import Unit, check_unit, floor, in_tokens, integer, resolved_unit, truth
+from sparsetile.patterns.parameters import (
+    LONGEST,
+    Unit,
+    check_unit,
+    floor,
+    in_tokens,
+    integer,
+    resolved_unit,
+    truth,
+)
 from sparsetile.patterns.tiles import (
     UNBOUNDED,
     Grid,
@@ -108,11 +117,8 @@ class Global(Interval):
 
     def signature(self, tiles: Tiles) -> Key:
         lowest = min(tiles.grid.offset, 0)
-        radix = self.tokens - lowest + 1
-        return Key(
-            (tiles.q0.clamp(max=self.tokens) - lowest) * radix + tiles.k0.clamp(max=self.tokens),
-            radix * radix,
-        )
+        q, k = tiles.q0.clamp(max=self.tokens) - lowest, tiles.k0.clamp(max=self.tokens)
+        return combine([Key(q, self.tokens - lowest + 1), Key(k, self.tokens + 1)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +143,7 @@ class Documents(Interval):
         if not lengths:
             raise self._bad("no document")
         for n in lengths:
-            if type(n) is not int or n < 1:
+            if type(n) is not int or not 1 <= n <= LONGEST:
                 raise self._bad(f"a document of length {n!r}")
         object.__setattr__(self, "lengths", lengths)
 
@@ -159,7 +165,7 @@ class Documents(Interval):
         return ends, torch.cat((ends[:1], ends, ends[-1:]))
 
     def check(self, q_len: int, k_len: int, heads: int | None = None) -> None:
-        total = int(self._ends_memo[0][-1])
+        total = sum(self.lengths)
         if total != k_len:
             raise PatternError(
                 explain(
@@ -172,10 +178,10 @@ class Documents(Interval):
 
     def number(self, position: Tensor) -> Tensor:
         """The document at a position, from 1; 0 before the first, ``len(lengths) + 1`` after the last."""
-        return torch.searchsorted(self._ends_memo[0], position, right=True)
+        return torch.searchsorted(self._ends_memo[0].to(position.device), position, right=True)
 
     def interval(self, q: Tensor) -> Span:
-        number, borders = self.number(q), self._ends_memo[1]
+        number, borders = self.number(q), self._ends_memo[1].to(q.device)
         # borders[d], borders[d + 1]: (0, 0) before the first document, (total, total) after the last.
         return Span(borders[number], borders[number + 1])
 
@@ -242,7 +248,12 @@ class Random(Pattern):
                 )
             )
         object.__setattr__(self, "density", float(self.density))
-        integer("Random", "seed", self.seed)
+        if type(self.seed) is not int:
+            raise PatternError(
+                explain(
+                    "Random(seed=…)", expected="an integer", got=repr(self.seed), fix="Any integer will do."
+                )
+            )
         check_unit("Random", self.unit)
         truth("Random", "by_head", self.by_head)
 

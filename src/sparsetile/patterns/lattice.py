@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsetile.errors import PatternError, explain
 from sparsetile.patterns.base import Intersection, Interval, Pattern
 from sparsetile.patterns.fixed import distance
-from sparsetile.patterns.parameters import Unit, check_unit, floor, in_tokens, integer, resolved_unit
+from sparsetile.patterns.parameters import LONGEST, Unit, check_unit, floor, in_tokens, integer, resolved_unit
 from sparsetile.patterns.tiles import UNBOUNDED, Grid, Key, Span, State, Tiles, combine
 
 
@@ -168,7 +168,7 @@ class LogStrided(Lattice):
         return torch.tensor([0, *powers])
 
     def differs_by(self, difference: Tensor, head: Tensor | int) -> Tensor:
-        size, powers = difference.abs(), self._powers_memo
+        size, powers = difference.abs(), self._powers_memo.to(difference.device)
         place = torch.searchsorted(powers, size).clamp_(max=powers.numel() - 1)
         return powers[place] == size
 
@@ -222,7 +222,7 @@ class Dilated(Pattern):
         segment = Segment(self.segment_length)
         if self.dilation_rate == 1:
             return segment
-        return Intersection.of(segment, Strided(self.dilation_rate * unit, unit))
+        return Intersection.of(segment, Strided(min(self.dilation_rate, LONGEST // unit) * unit, unit))
 
     def allows(self, q: Tensor, k: Tensor, head: Tensor | int = 0) -> Tensor:
         unit = in_tokens(self, self.unit)

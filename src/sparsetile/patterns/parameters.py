@@ -12,23 +12,27 @@ from sparsetile.patterns.base import Pattern
 
 Unit = int | Literal["block", "token"]
 
+LONGEST = 1 << 48
+"""Most tokens that a parameter may count: sums and products with heads stay within int64."""
+
 
 def floor(a: Tensor, b: int) -> Tensor:
     return torch.div(a, b, rounding_mode="floor")
 
 
 def integer(pattern: str, name: str, value: object, least: int | None = None) -> int:
-    """``value`` as a plain int of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+    """``value`` as a plain int of at least ``least`` and at most :data:`LONGEST` in size."""
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if not number or (least is not None and value < least) or abs(value) > LONGEST:  # type: ignore[operator, arg-type]
         raise PatternError(
             explain(
                 f"{pattern}({name}=…)",
                 expected="an integer" if least is None else f"an integer ≥ {least}",
                 got=repr(value),
-                fix="Pattern parameters count tokens.",
+                fix=f"Pattern parameters count tokens, at most {LONGEST} of them.",
             )
         )
-    return value
+    return value  # type: ignore[return-value]
 
 
 def truth(pattern: str, name: str, value: object) -> None:
@@ -41,7 +45,7 @@ def truth(pattern: str, name: str, value: object) -> None:
 def check_unit(pattern: str, value: object) -> None:
     if value in ("block", "token"):
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LONGEST:
         raise PatternError(
             explain(
                 f"{pattern}(unit=…)",
