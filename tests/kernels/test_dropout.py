@@ -64,8 +64,14 @@ def test_mix_is_a_bijection_on_32_bits_and_threshold_never_drops_all():
 def test_backends_drop_the_same_weights(block):
     """With one-hot values the output is the dropped weight matrix itself."""
     length = 96
+    mask = torch.rand(1, 1, length, length) < 0.6
     case = random_case(
-        dtype=torch.float64, head_dim=length, q_len=length, block=block, features={"dropout", "gqa"}, batch=2
+        dtype=torch.float64,
+        head_dim=length,
+        q_len=length,
+        block=block,
+        features={"dropout", "gqa"},
+        mask=mask,
     )
     case.v = torch.eye(length, dtype=torch.float64).expand(2, 2, length, length).contiguous()
     expected, got = run(reference, case)["out"], run(cpu, case)["out"]

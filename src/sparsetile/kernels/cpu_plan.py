@@ -90,7 +90,17 @@ class Heads:
 
 
 def unfold_heads(layout: BlockLayout, batch: int, heads: int, key_heads: int, budget: int) -> Heads:
-    """Ids of the query tiles and key tiles for a call of ``[batch, heads]`` on ``layout``."""
+    """Ids of the query tiles and key tiles for a call on ``layout``; the last are remembered."""
+    key = (batch, heads, key_heads, budget)
+    known = cast("tuple[tuple[int, ...], Heads] | None", layout._memo.get("cpu_heads"))
+    if known is not None and known[0] == key:
+        return known[1]
+    unfolded = _unfold_heads(layout, batch, heads, key_heads, budget)
+    layout._memo["cpu_heads"] = (key, unfolded)
+    return unfolded
+
+
+def _unfold_heads(layout: BlockLayout, batch: int, heads: int, key_heads: int, budget: int) -> Heads:
     group = heads // key_heads
     stack = 1
     if layout.heads == 1:
