@@ -1,7 +1,7 @@
 """The Triton backend: NVIDIA GPUs from compute capability 8.0, and AMD GPUs.
 
-Shapes are those of ``kernels/request.py``. Triton is imported on the first call, so the package works without it. Gradients need no atomics: two runs
-give the same bits.
+Shapes are those of ``kernels/request.py``. Triton is imported on the first call, so the package works
+without it. Gradients need no atomics: two runs give the same bits.
 """
 
 from __future__ import annotations

@@ -25,8 +25,7 @@ ITEM_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Tiles:
-    """Queries × keys of one step of the inner loop, with the launch options. Never larger than the layout's
-    tiles."""
+    """Queries × keys of one step of the inner loop and the launch options; never above the layout's tile."""
 
     queries: int
     keys: int
@@ -141,8 +140,7 @@ _chunk_override: list[int] = []
 
 @contextmanager
 def override(tiles: dict[Kernel, Tiles] | None = None, chunk: int | None = None) -> Iterator[None]:
-    """Use other tiles for some kernels, or another longest item, within the block. For tuning and tests; not
-    thread-safe."""
+    """Use other tiles for some kernels, or another longest item, in the block. For tuning and tests only."""
     saved = dict(_tiles_override), list(_chunk_override)
     _tiles_override.update(tiles or {})
     if chunk is not None:
@@ -163,8 +161,7 @@ def padded_dim(head_dim: int) -> int:
 def tiles_for(
     kernel: Kernel, target: Target, element_bytes: int, head_dim: int, block_q: int, block_k: int, work: Work
 ) -> Tiles:
-    """The table's choice (or the override), cut to the layout's tile, with fewer warps where little is
-    left."""
+    """The table's choice, or the override, cut to the layout's tile; fewer warps where little is left."""
     dim = padded_dim(head_dim)
     choices = TABLE[target.family, kernel, element_bytes, max(64, dim)]
     chosen = choices[min(_WORK.index(work), len(choices) - 1)]

@@ -342,7 +342,7 @@ def rows_launches(
 ) -> list[Launch]:
     """Launches that fill ``dq`` (contiguous), ``tile_grad`` and ``bias_grad``.
 
-    Both gradients are given as fp32 zeros: ``[tile_grad_parts, B or 1, H or 1, capacity]``, ``[B, H, Nq, Nk]``.
+    Both gradients come as fp32 zeros, ``[tile_grad_parts, B or 1, H or 1, capacity]`` and ``[B, H, Nq, Nk]``.
     """
     layout, dim = request.layout, q.shape[-1]
     owners = _Owners.of(layout, q.shape[0], q.shape[1])

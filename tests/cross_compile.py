@@ -1,0 +1,137 @@
+"""Compiles the Triton kernels for GPUs that need not be there: ``cross_compile.py < cases.json``.
+
+A process of its own, without ``TRITON_INTERPRET``: the interpreter replaces kernels when they are imported.
+Reads a list of cases ``[kernel, head_dim, dtype, target, options]`` and prints, one JSON line a case,
+registers, spilled bytes and shared memory as the target's own tools count them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32, "ampere"),
+    "sm_90": ("cuda", 90, 32, "hopper"),
+    "sm_100": ("cuda", 100, 32, "hopper"),
+    "gfx942": ("hip", "gfx942", 64, "amd"),
+}
+_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+}
+
+
+def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict[str, Any]) -> Any:
+    """The launch that a small call makes. Options: ``block``, ``whole`` (no partial tiles), ``featured``."""
+    from sparsetile.kernels import triton_launch
+    from sparsetile.kernels.request import Request
+    from sparsetile.kernels.triton_config import Target
+    from sparsetile.layout.blocks import BlockLayout
+
+    block, length, heads = options.get("block", 128), 256, 4
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool)
+    layout = BlockLayout.from_dense_mask(mask if options.get("whole") else mask.tril(), block)
+    featured = options.get("featured", False)
+    q = torch.zeros(1, heads, length, head_dim, dtype=getattr(torch, dtype))
+    k = q[:, : heads // 2] if featured else q
+    statistic = torch.zeros(1, heads, length)
+    tile = torch.zeros(1, 1, layout.capacity) if featured else None
+    request = Request(
+        layout,
+        0.1,
+        dropout_p=0.1 if featured else 0.0,
+        seed=torch.zeros(1, dtype=torch.int64) if featured else None,
+        key_padding_mask=torch.zeros(1, length, dtype=torch.bool) if featured else None,
+        attn_bias=torch.zeros(1, 1, length, length, dtype=q.dtype) if featured else None,
+        tile_bias=tile,
+    )
+    on = Target(TARGETS[target][3], 1)  # type: ignore[arg-type]
+    if kernel == "forward":
+        return triton_launch.forward_launches(q, k, k, q, statistic, request, on)[0]
+    if kernel == "columns":
+        return triton_launch.columns_launches(q, k, k, q, statistic, statistic, k, k, request, on)[0]
+    if kernel == "rows":
+        parts = triton_launch.tile_grad_parts(q, request, on)
+        tile_grad = torch.zeros(parts, 1, heads, layout.capacity) if featured else None
+        bias_grad = torch.zeros(1, heads, length, length) if featured else None
+        arguments = (q, k, k, q, statistic, statistic, q, tile_grad, bias_grad, request, on)
+        return triton_launch.rows_launches(*arguments)[0]
+    assert kernel == "delta"
+    return triton_launch.delta_launch(q, q, statistic, statistic, statistic, statistic)
+
+
+def compiled(launch: Any, target: str) -> Any:
+    """What ``triton.compile`` makes of a launch's arguments, specialised as at run time."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], object] = {}
+    attributes: dict[tuple[int], list[list[object]]] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        value = launch.arguments[name]
+        if parameter.is_constexpr or value is None:
+            signature[name], constants[index,] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[index,] = "*" + _NAMES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            signature[name], constants[index,] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target][:3]), options=launch.options)
+
+
+def usage(binary: Any, target: str) -> dict[str, int]:
+    """Registers and spilled (or otherwise local) bytes of a thread, shared bytes of a block."""
+    import triton
+
+    shared = int(binary.metadata.shared)
+    if target.startswith("gfx"):
+        text = binary.asm["amdgcn"]
+        count = {
+            name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
+            for name in ("vgpr_count", "vgpr_spill_count")
+        }
+        return {"registers": count["vgpr_count"], "spilled": 4 * count["vgpr_spill_count"], "shared": shared}
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return {"registers": int(found[1]), "spilled": int(found[2]), "shared": shared}
+
+
+def main() -> None:
+    for case in json.load(sys.stdin):
+        kernel, head_dim, dtype, target, options = case
+        launch = launch_of(kernel, head_dim, dtype, target, options)
+        tiles = [launch.arguments.get("M"), launch.arguments.get("N"), *launch.options.values()]
+        print(
+            json.dumps({"case": case, "tiles": tiles, **usage(compiled(launch, target), target)}), flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()

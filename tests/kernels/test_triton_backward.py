@@ -1,0 +1,133 @@
+"""The Triton backward in its interpreter, on the CPU: every gradient against the float64 oracle."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from oracle import check, random_case, relative_error, run
+from sparsetile.kernels import triton_backend
+from sparsetile.kernels.triton_config import Target, override
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="with a GPU, tests/gpu runs the real kernels"
+)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+def test_head_dims(head_dim: int) -> None:
+    check(triton_backend, random_case(head_dim=head_dim, block=32, q_len=40, batch=1, heads=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_exact_as_dense_attention_written_in_it(dtype: torch.dtype) -> None:
+    case = random_case(dtype=dtype, block=16, q_len=70, batch=1, heads=2, features={"gqa"})
+    expected, got = case.expected(), run(triton_backend, case)
+    q, k, v = (x.clone().requires_grad_() for x in (case.q, case.k, case.v))
+    kept = case.mask.any(-1, keepdim=True)
+    logits = (q @ k.repeat_interleave(2, 1).transpose(2, 3) * case.scale).masked_fill(
+        ~case.mask & kept, -math.inf
+    )
+    out = (logits.softmax(-1) * kept) @ v.repeat_interleave(2, 1)
+    grads = torch.autograd.grad(out, (q, k, v), case.grad_out)
+    # Where GPUs round to bf16 the interpreter cuts bits off, which doubles the error.
+    cut = 2 if dtype == torch.bfloat16 else 1
+    for name, dense in zip(("out", "q", "k", "v"), (out.detach(), *grads), strict=True):
+        error, limit = (torch.dist(x.double(), expected[name]).item() for x in (got[name], dense))
+        assert error <= 1.2 * cut * limit, f"{name}: {error:.3g} against {limit:.3g}; {case.describe()}"
+
+
+@pytest.mark.parametrize("block", [16, 64, 128])
+def test_blocks_with_ragged_tails(block: int) -> None:
+    check(triton_backend, random_case(block=block, q_len=2 * block - 3, k_len=block + 5, batch=1, heads=1))
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"lse"},
+        {"padding"},
+        {"dropout"},
+        {"attn_bias"},
+        {"tile_bias"},
+        {"gqa", "strided"},
+        {"gqa", "per_head"},
+        {"per_batch", "tile_bias", "lse"},
+        {"per_batch", "per_head", "gqa", "tile_bias", "attn_bias", "padding", "dropout", "lse", "strided"},
+        {"gqa", "tile_bias", "attn_bias", "padding", "dropout", "lse"},
+    ],
+    ids=lambda features: "+".join(sorted(features)),
+)
+def test_features(features: set[str]) -> None:
+    check(triton_backend, random_case(block=16, q_len=37, head_dim=16, features=features))
+
+
+def test_group_summed_inside_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few multiprocessors the column pass walks all query heads of a key head in one program."""
+    monkeypatch.setattr(triton_backend, "target_of", lambda device: Target("hopper", 1))
+    features = {"tile_bias", "padding", "lse"}
+    check(
+        triton_backend, random_case(block=16, q_len=40, heads=4, key_heads=1, head_dim=16, features=features)
+    )
+
+
+@pytest.mark.parametrize(
+    "features", [{"gqa", "tile_bias"}, {"per_head", "padding"}, {"per_batch", "dropout"}]
+)
+def test_split_rows_and_columns(features: set[str]) -> None:
+    case = random_case(block=16, q_len=40, k_len=50, heads=2, head_dim=16, features=features)
+    with override(chunk=1):
+        check(triton_backend, case)
+
+
+def test_the_same_bits_every_time() -> None:
+    case = random_case(
+        block=16, q_len=40, heads=2, head_dim=16, features={"gqa", "tile_bias", "dropout", "lse"}
+    )
+    with override(chunk=1):
+        first, second = run(triton_backend, case), run(triton_backend, case)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_rows_and_columns_without_tiles_get_zero_gradients() -> None:
+    mask = torch.zeros(1, 1, 50, 50, dtype=torch.bool)
+    mask[..., 20:23, 5:9] = True
+    case = random_case(block=16, q_len=50, batch=1, heads=2, mask=mask, features={"lse"})
+    assert case.grad_lse is not None
+    case.grad_lse[:, :, :20] = math.nan
+    got = run(triton_backend, case)
+    assert (got["q"][:, :, ~mask[0, 0].any(1)] == 0).all()
+    for name in ("k", "v"):
+        assert (got[name][:, :, ~mask[0, 0].any(0)] == 0).all()
+
+
+def test_an_expanded_gradient_serves() -> None:
+    case = random_case(block=16, q_len=40, head_dim=16, batch=1, heads=2)
+    request = case.request()
+    out, lse = triton_backend.forward(case.q, case.k, case.v, request)
+    given = (case.q, case.k, case.v, out, lse, request)
+    one = torch.ones(())
+    answers = [
+        triton_backend.backward(grad_out, None, *given, tile_bias_grad=False, attn_bias_grad=False)
+        for grad_out in (one.expand(out.shape), one.repeat(*out.shape))
+    ]
+    for got, expected in zip(answers[0][:3], answers[1][:3], strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_the_future_changes_nothing() -> None:
+    """Causal: keys and queries after position t leave outputs up to t, and their gradients, bit for bit."""
+    length, t = 60, 33
+    mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+    case = random_case(block=16, q_len=length, head_dim=16, batch=1, heads=2, mask=mask)
+    case.grad_out[:, :, t:] = 0
+    before = run(triton_backend, case)
+    for x in (case.q, case.k, case.v):
+        x[:, :, t:] += 3
+    after = run(triton_backend, case)
+    for name in ("out", "lse", "q", "k", "v"):
+        assert torch.equal(before[name][:, :, :t], after[name][:, :, :t]), name
+    assert relative_error(before["out"], case.expected()["out"]) > 1e-3

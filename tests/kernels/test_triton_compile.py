@@ -1,0 +1,97 @@
+"""The Triton kernels compiled, without a GPU, for each GPU that they promise: they fit and do not spill."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+SHARED_BYTES = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+"""What a block may use. sm_80 has 163 KB, but its choices serve sm_86 and sm_89 too, which have 99."""
+
+KERNELS = ("forward", "columns", "rows")
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def compile_all(cases: list[list[Any]]) -> list[dict[str, Any]]:
+    """Results in the order of the cases, from two processes."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "src")
+
+    def half(part: list[list[Any]]) -> list[dict[str, Any]]:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "tests" / "cross_compile.py")],
+            input=json.dumps(part),
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert done.returncode == 0, (
+            f"after {len(done.stdout.splitlines())} of {part}:\n{done.stderr[-3000:]}"
+        )
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    with ThreadPoolExecutor(2) as pool:
+        even, odd = pool.map(half, (cases[::2], cases[1::2]))
+    results: list[dict[str, Any]] = [{}] * len(cases)
+    results[::2], results[1::2] = even, odd
+    return results
+
+
+def assert_fit(results: list[dict[str, Any]]) -> None:
+    too_big = [r for r in results if r["shared"] > SHARED_BYTES[r["case"][3]]]
+    assert not too_big, too_big
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hopper_compiles_every_head_dim_without_spills(dtype: str) -> None:
+    results = compile_all([[kernel, dim, dtype, "sm_90", {}] for kernel in KERNELS for dim in HEAD_DIMS])
+    assert len(results) == len(KERNELS) * len(HEAD_DIMS)
+    assert_fit(results)
+    spilled = [r for r in results if r["spilled"] and r["case"][1] <= 128]
+    assert not spilled, spilled
+
+
+def test_hopper_choices_for_whole_tiles_do_not_spill() -> None:
+    results = compile_all(
+        [[kernel, dim, "bfloat16", "sm_90", {"whole": True}] for kernel in KERNELS for dim in (64, 128)]
+    )
+    assert_fit(results)
+    assert not [r for r in results if r["spilled"]], results
+
+
+def test_other_targets_features_and_blocks() -> None:
+    """A sample in which every target, kernel, dtype, head_dim and block size occurs."""
+    results = compile_all(
+        [
+            ["forward", 64, "bfloat16", "sm_80", {}],
+            ["columns", 128, "float16", "sm_80", {}],
+            ["rows", 256, "bfloat16", "sm_80", {"featured": True}],
+            ["rows", 96, "float32", "sm_80", {"block": 32}],
+            ["forward", 128, "bfloat16", "sm_100", {"featured": True}],
+            ["columns", 64, "bfloat16", "sm_100", {}],
+            ["rows", 80, "float16", "sm_100", {"block": 64}],
+            ["columns", 128, "float32", "sm_100", {}],
+            ["forward", 128, "bfloat16", "gfx942", {}],
+            ["columns", 16, "float32", "gfx942", {"block": 16}],
+            ["rows", 256, "float16", "gfx942", {}],
+            ["columns", 128, "bfloat16", "gfx942", {"featured": True}],
+            ["forward", 256, "bfloat16", "sm_90", {"featured": True}],
+            ["columns", 128, "bfloat16", "sm_90", {"featured": True}],
+            ["rows", 128, "bfloat16", "sm_90", {"featured": True}],
+            ["forward", 32, "float16", "sm_90", {"block": 16}],
+            ["delta", 80, "bfloat16", "sm_90", {}],
+            ["delta", 128, "float32", "gfx942", {}],
+        ]
+    )
+    assert_fit(results)
