@@ -32,9 +32,14 @@ def test_exact_rows_and_gradients(generator, batch, heads):
     mask = torch.rand(batch, heads, 75, 90, generator=generator) < 0.2
     mask[:, :, 5] = False
     layout = BlockLayout.from_dense_mask(mask, 16)
-    for used, dense in ((layout, mask), (None, torch.ones_like(mask))):
+    every = torch.ones_like(mask)
+    for used, causal, dense in (
+        (layout, False, mask),
+        (None, False, every),
+        (None, True, every.tril(90 - 75)),
+    ):
         sample = accuracy.draw_sample(q, 40, generator)
-        exact = accuracy.exact(q, k, v, grad, sample, used)
+        exact = accuracy.exact(q, k, v, grad, sample, used, causal=causal)
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out = dense_attention(*leaves, dense)
         gradients = torch.autograd.grad(out, leaves, accuracy.sparse_gradient(sample, grad))

@@ -95,6 +95,14 @@ def test_provenance_and_reasons_are_in_the_table():
     assert "- flex: no backward: FlexAttention has no backward on CPU" in text
 
 
+def test_causal_patterns_say_that_dense_is_causal_too():
+    assert "causal" not in report.markdown(FULL)
+    text = report.markdown(
+        result(row("dense", 2.0, 3.0, causal_density=0.125), row("cpu", 1.0, 1.0, causal_density=0.125))
+    )
+    assert "0.1250 of the causal triangle; dense rivals are causal too" in text
+
+
 def test_nan_errors_are_shown():
     bad = row("cpu", 1.0, 1.0, errors={"out": "nan", "dq": 1e-3})
     assert cells(report.markdown(result(bad)), "cpu")[8:] == ["nan", "1.0e-03"]

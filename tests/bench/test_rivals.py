@@ -71,7 +71,7 @@ def test_what_needs_a_gpu_says_so(name):
     q = torch.randn(1, 1, 64, 16)
     layout = BlockLayout.from_pattern(Local(8), 64, block_size=16)
     with pytest.raises(rivals.UnavailableError, match="runs on CUDA only"):
-        rivals.all_rivals()[name].prepare(layout, q, q, q)
+        rivals.all_rivals()[name].prepare(layout, q, q, q, causal=False)
 
 
 def test_choice_of_rivals():

@@ -27,7 +27,7 @@ class Odd:
     name: str = "odd"
     dense: bool = False
 
-    def prepare(self, layout, q, k, v):
+    def prepare(self, layout, q, k, v, *, causal):
         if self.way == "unavailable":
             raise UnavailableError("needs a machine of its own")
         if self.way == "forward":
@@ -86,6 +86,17 @@ def test_dense_is_measured_once_a_shape(tmp_path):
     first, second, third = result["rows"]
     assert second["shared"] and second["forward"] == first["forward"]
     assert "shared" not in third
+
+
+def test_dense_is_causal_where_the_pattern_is(tmp_path):
+    causal = Case("Local(30, 0)", 128, 1, 2, 8, "float32", 32)
+    both = Case("Local(30)", 128, 1, 2, 8, "float32", 32)
+    rows = measure(plan(Sdpa("dense"), Tiles("cpu"), cases=(both, causal, both)), tmp_path / "bench.json")[
+        "rows"
+    ]
+    assert [row.get("shared", False) for row in rows if row["dense"]] == [False, False, True]
+    assert [row["causal_density"] is not None for row in rows if row["dense"]] == [False, True, False]
+    assert all(max(row["errors"].values()) < 2e-6 for row in rows)
 
 
 @pytest.mark.parametrize(

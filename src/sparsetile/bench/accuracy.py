@@ -58,9 +58,19 @@ def sparse_gradient(sample: Sample, grad_out: Tensor) -> Tensor:
 
 
 def exact(
-    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, sample: Sample, layout: BlockLayout | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_out: Tensor,
+    sample: Sample,
+    layout: BlockLayout | None,
+    *,
+    causal: bool = False,
 ) -> Exact:
-    """Attention rows and gradients of the sample in float64; ``layout`` None keeps every key."""
+    """Attention rows and gradients of the sample in float64.
+
+    Without a layout every key is kept, or with ``causal`` every key up to the query (bottom right aligned).
+    """
     scale = q.shape[-1] ** -0.5
     group = q.shape[1] // k.shape[1]
     rows = len(sample.query)
@@ -74,7 +84,8 @@ def exact(
         if place not in dk:
             dk[place] = torch.zeros(keys.shape, dtype=torch.float64, device=q.device)
             dv[place] = torch.zeros(values.shape, dtype=torch.float64, device=q.device)
-        kept = slice(None) if layout is None else kept_keys(layout, b, h, i)
+        last = i + 1 + k.shape[2] - q.shape[2] if causal else k.shape[2]
+        kept = slice(max(last, 0)) if layout is None else kept_keys(layout, b, h, i)
         keys, values = keys[kept].double(), values[kept].double()
         query, grad = q[b, h, i].double(), grad_out[b, h, i].double()
         weights = torch.softmax(keys @ query * scale, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -41,8 +41,11 @@ class Rival(Protocol):
     @property
     def dense(self) -> bool: ...
 
-    def prepare(self, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Attention:
-        """The function to time. Raises UnavailableError with the reason if there is none."""
+    def prepare(self, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Attention:
+        """The function to time. Raises UnavailableError with the reason if there is none.
+
+        ``causal`` says that the layout keeps no key after its query: then a dense rival skips those too.
+        """
 
     def no_backward(self, device: torch.device) -> str | None:
         """Why there is no backward pass on ``device``; None if there is."""
@@ -55,7 +58,7 @@ class Tiles:
     name: str
     dense: bool = False
 
-    def prepare(self, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Attention:
+    def prepare(self, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Attention:
         reason = BACKENDS[self.name].why_not(q, k, v, Request(layout=layout, scale=q.shape[-1] ** -0.5))
         if reason is not None:
             raise UnavailableError(reason)
@@ -67,22 +70,22 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Sdpa:
-    """``F.scaled_dot_product_attention`` over every pair, by the named kernel or by torch's own choice."""
+    """``F.scaled_dot_product_attention`` over every (causal) pair, by one kernel or by torch's choice."""
 
     name: str
     kernel: SDPBackend | None = None
     dense: bool = True
 
-    def prepare(self, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Attention:
+    def prepare(self, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Attention:
         kernel = self.kernel
         if kernel is None:
-            return F.scaled_dot_product_attention
+            return partial(F.scaled_dot_product_attention, is_causal=causal)
         if q.device.type != "cuda":
             raise UnavailableError(f"{self.name} runs on CUDA only")
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(kernel):
-                return F.scaled_dot_product_attention(q, k, v)
+                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
         return attend
 
@@ -101,7 +104,7 @@ class Flex:
     name: str = "flex"
     dense: bool = False
 
-    def prepare(self, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Attention:
+    def prepare(self, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Attention:
         compiled = _compiled_flex()
         mask = _flex_blocks(layout) if bool((layout.mask_ids[: layout.nnz] < 0).all()) else layout.to_flex()
         return lambda q, k, v: compiled(q, k, v, block_mask=mask)
@@ -117,7 +120,7 @@ class Flash4:
     name: str
     dense: bool
 
-    def prepare(self, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor) -> Attention:
+    def prepare(self, layout: BlockLayout, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Attention:
         if q.device.type != "cuda":
             raise UnavailableError("FlashAttention 4 runs on CUDA only")
         try:
@@ -127,7 +130,7 @@ class Flash4:
             raise UnavailableError(f"flash_attn.cute does not import: {one_line(error)}") from error
         if q.dtype not in (torch.float16, torch.bfloat16):
             raise UnavailableError(f"FlashAttention 4 takes float16 and bfloat16, not {q.dtype}")
-        lists: dict[str, Any] = {}
+        lists: dict[str, Any] = {"causal": causal} if self.dense else {}
         if not self.dense:
             if not bool((layout.mask_ids[: layout.nnz] < 0).all()):
                 raise UnavailableError(

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from sparsetile.bench.cases import Case
 from sparsetile.bench.measure import MEMORY_KIND, peak_memory, time_call
 from sparsetile.bench.rivals import Attention, Rival, UnavailableError, one_line
 from sparsetile.environment import provenance
+from sparsetile.facts import describe
 from sparsetile.layout.blocks import BlockLayout
 
 Row = dict[str, Any]
@@ -48,14 +49,14 @@ class Plan:
 
 @dataclass
 class _Inputs:
-    """Tensors of one shape, and the exact rows of dense attention on them."""
+    """Tensors of one shape, and the exact rows of dense attention on them, causal or not."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     grad: Tensor
     sample: accuracy.Sample
-    dense: accuracy.Exact | None = None
+    dense: dict[bool, accuracy.Exact] = field(default_factory=dict)
 
 
 def measure(plan: Plan, path: Path, done: Callable[[Row], None] = lambda row: None) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def measure(plan: Plan, path: Path, done: Callable[[Row], None] = lambda row: No
     generator = torch.Generator().manual_seed(plan.seed)
     inputs: _Inputs | None = None
     shape: tuple[object, ...] = ()
-    shared: dict[str, Row] = {}
+    shared: dict[tuple[str, bool], Row] = {}
     for case in plan.cases:
         if (case.shape, case.dtype) != shape:
             inputs, shape, shared = None, (case.shape, case.dtype), {}
@@ -85,8 +86,11 @@ def measure(plan: Plan, path: Path, done: Callable[[Row], None] = lambda row: No
         about: Row = {"case": case.record()}
         failure: str | None = None
         layout: BlockLayout | None = None
+        causal = False
         try:
             layout = case.layout(torch.device("cpu"), generator)
+            causal = _is_causal(layout)
+            about["causal_density"] = layout.causal_density if causal else None
             start = time.perf_counter()
             layout = layout.to(plan.device)
             about |= {"density": layout.density, "tiles": layout.nnz, "layout_bytes": layout.nbytes}
@@ -96,18 +100,20 @@ def measure(plan: Plan, path: Path, done: Callable[[Row], None] = lambda row: No
             failure = one_line(error)
         reference: accuracy.Exact | None = None
         for rival in plan.rivals:
-            if rival.name in shared:
-                measured = shared[rival.name] | {"shared": True}
+            if (rival.name, causal) in shared:
+                measured = shared[rival.name, causal] | {"shared": True}
             elif failure is not None or layout is None or inputs is None:
                 measured = {"status": "failed", "reason": failure}
             else:
                 if rival.dense:
-                    exact = inputs.dense = inputs.dense or _exact(inputs, None)
+                    if causal not in inputs.dense:
+                        inputs.dense[causal] = _exact(inputs, None, causal)
+                    exact = inputs.dense[causal]
                 else:
-                    exact = reference = reference or _exact(inputs, layout)
-                measured = _measure_rival(rival, layout, inputs, exact, plan)
+                    exact = reference = reference or _exact(inputs, layout, causal)
+                measured = _measure_rival(rival, layout, causal, inputs, exact, plan)
                 if rival.dense:
-                    shared[rival.name] = measured
+                    shared[rival.name, causal] = measured
             row = about | {"rival": rival.name, "dense": rival.dense} | measured
             result["rows"].append(row)
             save(result, path)
@@ -124,14 +130,14 @@ def save(result: dict[str, Any], path: Path) -> None:
 
 
 def _measure_rival(
-    rival: Rival, layout: BlockLayout, inputs: _Inputs, exact: accuracy.Exact, plan: Plan
+    rival: Rival, layout: BlockLayout, causal: bool, inputs: _Inputs, exact: accuracy.Exact, plan: Plan
 ) -> Row:
     row: Row = {"status": "ok", "reason": None, "forward": None, "backward": None, "errors": {}}
     row["backward_reason"] = rival.no_backward(plan.device)
     trains = row["backward_reason"] is None
     q, k, v = (tensor.detach().requires_grad_(trains) for tensor in (inputs.q, inputs.k, inputs.v))
     try:
-        attend = rival.prepare(layout, q, k, v)
+        attend = rival.prepare(layout, q, k, v, causal=causal)
         start = time.perf_counter()
         out = attend(q, k, v)
         _synchronize(plan.device)
@@ -181,8 +187,14 @@ def _draw(case: Case, plan: Plan, generator: torch.Generator) -> _Inputs:
     return _Inputs(q, k, v, grad, accuracy.draw_sample(q, plan.samples, generator))
 
 
-def _exact(inputs: _Inputs, layout: BlockLayout | None) -> accuracy.Exact:
-    return accuracy.exact(inputs.q, inputs.k, inputs.v, inputs.grad, inputs.sample, layout)
+def _exact(inputs: _Inputs, layout: BlockLayout | None, causal: bool) -> accuracy.Exact:
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.grad)
+    return accuracy.exact(*tensors, inputs.sample, layout, causal=causal)
+
+
+def _is_causal(layout: BlockLayout) -> bool:
+    """Whether no head keeps a key after its query."""
+    return all(describe(layout, head=head).causal_density is not None for head in range(layout.heads))
 
 
 def _synchronize(device: torch.device) -> None:
