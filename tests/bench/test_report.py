@@ -95,6 +95,13 @@ def test_provenance_and_reasons_are_in_the_table():
     assert "- flex: no backward: FlexAttention has no backward on CPU" in text
 
 
+def test_overview_has_a_line_a_case_and_a_column_a_rival():
+    lines = report.markdown(FULL).splitlines()
+    assert "| case | density | dense | dense-cudnn | cpu | flex | fa4 |" in lines
+    times = "40.0 / 100.0 | 20.0 / 120.0 | 2.000 / 8.000 | 4.000 / — | —"
+    assert f"| 4K B1 H2 D64 local | 0.0625 | {times} |" in lines
+
+
 def test_causal_patterns_say_that_dense_is_causal_too():
     assert "causal" not in report.markdown(FULL)
     text = report.markdown(

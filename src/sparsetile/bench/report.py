@@ -47,6 +47,7 @@ def markdown(result: dict[str, Any]) -> str:
         "Medians, forward and backward timed apart. × dense: fastest dense rival ÷ this row; × flex: "
         f"FlexAttention ÷ this row. Peak: {result['memory']}. Error: {result['error']}; grads: the largest.",
         "",
+        *_overview(result["rows"]),
     ]
     for rows in _by_case(result["rows"]):
         case = rows[0]["case"]
@@ -66,6 +67,26 @@ def markdown(result: dict[str, Any]) -> str:
         lines += [f"- {row['rival']}: {reason}" for row in rows for reason in _reasons(row)]
         lines += [""] if lines[-1] else []
     return "\n".join(lines)
+
+
+def _overview(rows: list[Row]) -> list[str]:
+    """Forward / backward milliseconds: a line for each case, a column for each rival."""
+    names = list(dict.fromkeys(row["rival"] for row in rows))
+    lines = [
+        "Forward / backward in ms:",
+        "",
+        _line(["case", "density", *names]),
+        _line(["---"] * (2 + len(names))),
+    ]
+    for group in _by_case(rows):
+        cells = {
+            row["rival"]: " / ".join(_time(row, phase) for phase in _PHASES) if row["status"] == "ok" else "—"
+            for row in group
+        }
+        density = group[0].get("density")
+        kept = "—" if density is None else f"{density:.4f}"
+        lines.append(_line([group[0]["case"]["label"], kept, *(cells.get(name, "—") for name in names)]))
+    return [*lines, ""]
 
 
 def row_line(row: Row) -> str:
