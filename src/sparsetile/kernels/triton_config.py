@@ -85,7 +85,7 @@ TABLE: dict[tuple[Family, Kernel, int, int], tuple[Tiles, ...]] = {
         Tiles(32, 64, 8, 2),
     ),
     ("hopper", "columns", 2, 256): (Tiles(64, 32, 8, 1),),
-    ("hopper", "columns", 4, 64): (Tiles(32, 32, 4, 1),),
+    ("hopper", "columns", 4, 64): (Tiles(16, 32, 4, 2),),
     ("hopper", "columns", 4, 128): (Tiles(32, 16, 8, 2),),
     ("hopper", "columns", 4, 256): (Tiles(16, 16, 8, 1),),
     ("ampere", "forward", 2, 64): (Tiles(64, 64, 4, 3),),
