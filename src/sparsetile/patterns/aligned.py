@@ -78,12 +78,10 @@ class BlockAligned(Pattern):
     def allows(self, q: Tensor, k: Tensor, head: Tensor | int = 0) -> Tensor:
         if self.block_q is None or self.block_k is None:
             raise unresolved(self, "its tiles are those of a layout")
-        shape = (q + k + torch.as_tensor(head)).shape
-        q, k, head = q.expand(shape), k.expand(shape), torch.as_tensor(head).expand(shape)
         row = torch.div(q - self.offset, self.block_q, rounding_mode="floor")
         col = torch.div(k, self.block_k, rounding_mode="floor")
-        shape = (row + col + head).shape
         heads = torch.as_tensor(head, dtype=torch.int64, device=q.device)
+        shape = (row + col + heads).shape
         each = [x.expand(shape).flatten() for x in (row, col, heads)]
         if not each[0].numel():
             return torch.empty(shape, dtype=torch.bool, device=q.device)

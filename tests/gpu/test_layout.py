@@ -1,0 +1,71 @@
+"""Layouts on a GPU: learned indices without a single host sync, and the same tensors as on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsetile.layout import BlockLayout
+from sparsetile.patterns import Causal, Documents, LogStrided, Random
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("lengths", [(2000, 2000), (512, 1024), (1000, 1337), (1500, 700)])
+@pytest.mark.parametrize("blocks", [(128, 128), (64, 16), (32, 128)])
+def test_topk_never_waits_for_the_device(is_causal, lengths, blocks):
+    (q_len, k_len), (block_q, block_k) = lengths, blocks
+    seed = int(torch.randint(2**40, ()))
+    size = (2, 3, -(-q_len // block_q), 7)
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randint(-1, -(-k_len // block_k) + 1, size, generator=generator)
+    there = indices.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layout = BlockLayout.from_topk(there, q_len, k_len, blocks, is_causal)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    layout.validate()
+    expected = BlockLayout.from_topk(indices, q_len, k_len, blocks, is_causal)
+    for name, tensor in layout.tensors()._asdict().items():
+        # Past the last tile, t_edges may name the unused places in any order.
+        count = expected.nnz if name == "t_edges" else None
+        assert torch.equal(tensor.cpu()[:count], getattr(expected, name)[:count]), (name, seed)
+
+
+def test_topk_can_be_captured():
+    indices = torch.randint(-1, 16, (1, 4, 16, 5), device="cuda")
+    BlockLayout.from_topk(indices, 2000, 2000, 128, True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layout = BlockLayout.from_topk(indices, 2000, 2000, 128, True)
+    for _ in range(3):
+        indices.random_(-1, 16)
+        graph.replay()
+        assert torch.equal(
+            layout.to_dense(2), BlockLayout.from_topk(indices.cpu(), 2000, 2000, 128, True).to_dense(2).cuda()
+        )
+
+
+def test_constructors_agree_with_the_cpu():
+    pattern = (Random(0.2) | LogStrided()) & Causal()
+    layout = BlockLayout.from_pattern(pattern, 1000, block_size=64, device="cuda")
+    dense = layout.to_dense()
+    assert dense.is_cuda and torch.equal(
+        dense.cpu(), BlockLayout.from_pattern(pattern, 1000, block_size=64).to_dense()
+    )
+    for other in (BlockLayout.from_dense_mask(dense, 64), BlockLayout.from_flex(layout.to_flex())):
+        other.validate()
+        assert other.device.type == "cuda" and torch.equal(other.to_dense(), dense)
+
+
+def test_definitions_take_positions_on_the_device():
+    q, k = torch.arange(300, device="cuda")[:, None], torch.arange(300, device="cuda")
+    for pattern in (Documents([100, 150, 50]), LogStrided(2, 8), Random(0.1, 5, 16)):
+        for each in (pattern, pattern.block_aligned(32, 32)):
+            there = each.allows(q, k)
+            assert there.is_cuda and torch.equal(there.cpu(), each.allows(q.cpu(), k.cpu()))
