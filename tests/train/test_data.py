@@ -59,7 +59,7 @@ def test_data_that_cannot_be_had_is_named(tmp_path: Path, what: str) -> None:
         path.mkdir()
     elif what == "unreadable":
         path.symlink_to(path)
-    with pytest.raises(DataError, match="expected .*got .*data"):
+    with pytest.raises(DataError, match=r"expected .*got .*data"):
         load_corpus(str(path))
 
 

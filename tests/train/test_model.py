@@ -22,7 +22,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("sizes", [(0, 64, 4, 2), (2, 60, 4, 2), (2, 64, 4, 3), (2, 64, 4, 0)])
 def test_impossible_sizes_are_named(sizes: tuple[int, int, int, int]) -> None:
-    with pytest.raises(ArgumentError, match="expected .*got layers"):
+    with pytest.raises(ArgumentError, match=r"expected .*got layers"):
         ModelConfig(*sizes)
 
 

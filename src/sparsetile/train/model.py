@@ -1,12 +1,15 @@
 """A small byte-level transformer: RMSNorm, RoPE, SwiGLU, grouped key heads, and any attention you hand it.
 
-Flat on purpose. Three choices are unusual, and the same in every arm of a comparison. Together they let a
+Flat on purpose. Four choices are unusual, and the same in every arm of a comparison. Together they let a
 model learn to copy from far back within about a hundred steps, where others wait through a long plateau:
 
 - *Token shift*: queries are made from the last four bytes, keys from the byte itself and the three before
   it, a quarter of the channels each. So one layer can find "where did these bytes stand before, and
   what came next" (an induction head; Olsson et al. 2022, arXiv:2209.11895). No parameters.
 - *RoPE on a quarter of each head's channels*: the others compare content alone, at any distance.
+- *Agreement*: values are normalised and what a head finds is scaled by its mean square, which is 1 where the
+  values that it attends agree and about 1/n where it spreads over n unlike ones. So a head that looks where
+  the answer is not keeps quiet. That matters where heads share out the keys. No parameters.
 - *Start*: queries and keys start from the same weights (like is compared with like), each head's
   output projection as its values' transpose, scaled to undo them, and the output layer as the embedding (what
   is attended to becomes more likely).
@@ -135,10 +138,12 @@ class Layer(nn.Module):
         batch, length, _ = h.shape
         q = self.q(shift(h, QUERY_TAPS)).view(batch, length, self.heads, -1).transpose(1, 2)
         k = self.k(shift(h, KEY_TAPS)).view(batch, length, self.kv_heads, -1).transpose(1, 2)
-        v = self.v(h).view(batch, length, self.kv_heads, -1).transpose(1, 2)
+        v = norm(self.v(h).view(batch, length, self.kv_heads, -1).transpose(1, 2))
         # Normalised queries and keys, with the temperature learned head by head.
         q, k = rotate(norm(q) * self.sharpness.to(q.dtype), tables), rotate(norm(k), tables)
-        x = x + self.o(attend(q, k, v).transpose(1, 2).flatten(2))
+        found = attend(q, k, v)
+        found = found * found.square().mean(-1, keepdim=True)
+        x = x + self.o(found.transpose(1, 2).flatten(2))
         h = norm(x)
         out: Tensor = x + self.down(F.silu(self.gate(h)) * self.up(h))
         return out

@@ -83,18 +83,20 @@ def _child(connection: Connection, task: Any, arguments: tuple[Any, ...]) -> Non
     except BrokenPipeError:
         return
     except Exception as error:
-        short = isinstance(error, (errors.SparsetileError, FloatingPointError))
-        memory = (
-            isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
-        )
-        connection.send(
-            {
-                "event": "failed",
-                "kind": type(error).__name__ if short and not memory else "",
-                "memory": memory,
-                "text": str(error) if short else "".join(traceback.format_exception(error)),
-            }
-        )
+        connection.send(_failure(error))
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    memory = (
+        isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
+    )
+    ours = isinstance(error, (errors.SparsetileError, FloatingPointError)) and not memory
+    return {
+        "event": "failed",
+        "kind": type(error).__name__ if ours else "",
+        "memory": memory,
+        "text": str(error) if ours else "".join(traceback.format_exception(error)),
+    }
 
 
 def _error(event: dict[str, Any]) -> Exception:

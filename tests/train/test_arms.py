@@ -1,0 +1,66 @@
+"""Arms: what a comparison trains, and that each attends what it says."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparsetile.errors import PatternError
+from sparsetile.patterns import Causal, parse_pattern
+from sparsetile.train.arms import Arm, attention_of, compared, default_pattern, window_of
+from sparsetile.train.model import ModelConfig
+
+SEED = random.SystemRandom().randrange(1 << 32)
+MODEL = ModelConfig(1, 64, 4, 2)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("context", [1000, 4096, 32768, 131072])
+def test_the_default_pattern_reaches_everything_in_one_layer(context: int) -> None:
+    heads, block = 4, 64
+    pattern = (parse_pattern(default_pattern(context, heads, block)) & Causal()).resolve(block, block)
+    q = torch.tensor([context - 1, context // 2, 130])
+    k = torch.arange(context)
+    reached = torch.stack([pattern.allows(q[:, None], k, head) for head in range(heads)]).any(0)
+    assert torch.equal(reached, k <= q[:, None])
+
+
+def test_a_comparison_is_the_pattern_dense_and_its_window() -> None:
+    arms = compared("Strided(256) | Local(40, 3) | Local(20)", 4096, 4, 64)
+    assert [arm.attention for arm in arms] == [
+        "Strided(256) | Local(40, 3) | Local(20)",
+        "dense",
+        "Local(40)",
+    ]
+    assert compared("dense", 4096, 4, 64)[0].attention == default_pattern(4096, 4, 64)
+    assert window_of(parse_pattern("(Global(3) | Local(7)) & Causal()")) == 7
+    with pytest.raises(PatternError, match="Local"):
+        compared("Global(16)", 4096, 4, 64)
+
+
+@pytest.mark.parametrize("text", ["Local(20) | Strided(64, head_shift=16)", "Local(33)", "dense"])
+def test_an_arm_attends_what_it_says(text: str) -> None:
+    torch.manual_seed(SEED)
+    length = random.Random(SEED).randrange(65, 200)
+    attend, density = attention_of(Arm("pattern", text), MODEL, length, 16, CPU)
+    q = torch.randn(2, 4, length, 16)
+    k, v = torch.randn(2, 2, 2, length, 16)
+    positions = torch.arange(length)
+    mask = (positions <= positions[:, None]).expand(4, length, length)
+    if text != "dense":
+        pattern = parse_pattern(text).resolve(16, 16)
+        mask = mask & torch.stack([pattern.allows(positions[:, None], positions, head) for head in range(4)])
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    assert torch.allclose(attend(q, k, v), expected, atol=2e-5), SEED
+    tiles = F.pad(mask, (0, -length % 16, 0, -length % 16)).unflatten(1, (-1, 16)).unflatten(3, (-1, 16))
+    rows = -(-length // 16)
+    assert density == pytest.approx(tiles.any(4).any(2).sum().item() / (4 * rows * (rows + 1) / 2))
+
+
+@pytest.mark.parametrize("text", ["Local(", "Local(-1)", "print(1)", "Strided(100)", ""])
+def test_a_bad_pattern_is_named(text: str) -> None:
+    with pytest.raises(PatternError):
+        attention_of(Arm("pattern", text), MODEL, 256, 16, CPU)
