@@ -253,12 +253,15 @@ def _pattern_layout(
     return cached_layout(pattern, q_len, k_len, block_size, device, heads if pattern.needs_heads else None)
 
 
-@torch.compiler.assume_constant_result
 def _pattern_text(pattern: Pattern, is_causal: bool) -> tuple[str, bool]:
     """What a compiled graph keeps of a pattern: its text and whether it differs by head."""
     if is_causal:
         pattern = pattern & Causal()
     return repr(pattern), pattern.needs_heads
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler.
+_pattern_text._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
