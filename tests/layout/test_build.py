@@ -62,6 +62,12 @@ def test_parameters_far_beyond_the_length(pattern):
     agrees(Case(pattern, 150, 170, 32, 32))
 
 
+def test_no_span_at_all():
+    # The one distance in reach, 3, is no power of 2.
+    layout = agrees(Case(LogStrided(2, 1) & Global(1, rows=False), 1, 4, 16, 16))
+    assert layout.nnz == 0
+
+
 def test_documents_across_blocks():
     seed = int(torch.randint(2**40, ()))
     lengths = torch.randint(1, 90, (40,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -94,7 +94,7 @@ def expand(spans: Span, grid: Grid) -> Tiles:
         lo[:, 1:] = torch.maximum(lo[:, 1:], hi[:, :-1])
     sizes = (hi - lo).clamp_(min=0).flatten()
     ends = sizes.cumsum(0)
-    total = int(ends[-1])
+    total = int(sizes.sum())
     span = torch.arange(rows * count).repeat_interleave(sizes, output_size=total)
     col = torch.arange(total) + (lo.flatten() - ends + sizes).index_select(0, span)
     row = span if count == 1 else torch.div(span, count, rounding_mode="floor")
