@@ -215,9 +215,14 @@ class Case:
     def unit(self, name: str) -> float:
         """What errors are measured against where a tensor cancels; see ``relative_error``.
 
-        A tile bias gradient sums block² pairs; in rows of one tile they cancel, and errors grow as the root.
+        Gradients of q, k and tile biases are differences that cancel to nothing in rows of one key or tile.
+        Where they do not cancel, they are of about the sizes below.
         """
-        return 0.05 * self.block if name == "tile_bias" else 0.05
+        if name == "tile_bias":  # sums, over the rows of a tile, products dO·V of size √D
+            return math.sqrt(self.block * self.q.shape[3])
+        if name == "k":  # sums over the rows that attend the key
+            return 0.25 * math.sqrt(max(1.0, self.q.shape[2] / self.k.shape[2]))
+        return 0.25 if name == "q" else 0.05
 
     def describe(self) -> str:
         return (
