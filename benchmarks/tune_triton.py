@@ -2,9 +2,9 @@
 
     PYTHONPATH=src python benchmarks/tune_triton.py [--out FOLDER] [--minutes 8] [--only SUBSTRING]
 
-Cases: whole 128×128 tiles; 8K B4 H16, 32K B1 H16, 128K B1 H8; head_dim 64 and 128; local, random and global+local
-patterns; bf16. Every candidate of every kernel is compiled first, in parallel processes that fill Triton's cache.
-Prints each case as it is done, then the best choice of each kernel by geometric mean; writes ``tune_triton.json``.
+Cases: whole 128×128 tiles; 8K B4 H16, 32K B1 H16, 128K B1 H8; head_dim 64 and 128; local, random and
+global+local patterns; bf16. Every candidate of every kernel is compiled first, in parallel processes filling
+Triton's cache. Prints each case as it is done, then each kernel's choices by geometric mean; writes JSON.
 Times are medians of ``triton.testing.do_bench`` in milliseconds.
 """
 
@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,24 @@ from torch import Tensor
 
 BLOCK = 128
 CANDIDATES: dict[tuple[str, int], list[tuple[int, int, int, int]]] = {
-    ("forward", 64): [(64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 128, 4, 3)],
-    ("forward", 128): [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 64, 4, 2)],
-    ("rows", 64): [(64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2)],
-    ("rows", 128): [(128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 2)],
-    ("columns", 64): [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2), (128, 64, 4, 2), (64, 128, 4, 2), (128, 128, 8, 2)],
-    ("columns", 128): [(64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 3)],
+    ("forward", 64): [
+        (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 128, 4, 3),
+    ],
+    ("forward", 128): [
+        (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 64, 4, 2),
+    ],
+    ("rows", 64): [
+        (64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2),
+    ],
+    ("rows", 128): [
+        (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 2),
+    ],
+    ("columns", 64): [
+        (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2), (128, 64, 4, 2), (64, 128, 4, 2), (128, 128, 8, 2),
+    ],
+    ("columns", 128): [
+        (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 3),
+    ],
 }  # fmt: skip
 """(queries, keys, warps, stages) by kernel and head_dim; the first is the table's."""
 
@@ -156,13 +169,11 @@ def sweep(p: dict[str, Any], kernel: str, dim: int, splits: bool, failed: set[st
         if f"{kernel} {dim} {name}" in failed:
             continue
         with override({kernel: Tiles(*choice)}):  # type: ignore[dict-item]
-            steps = launches(kernel, p)
-            times[name] = milliseconds(lambda steps=steps: run_all(steps))
+            times[name] = milliseconds(partial(run_all, launches(kernel, p)))
     if splits:
         for chunk in CHUNKS:
             with override(chunk=chunk):
-                steps = launches(kernel, p)
-                times[f"table, chunk {chunk}"] = milliseconds(lambda steps=steps: run_all(steps))
+                times[f"table, chunk {chunk}"] = milliseconds(partial(run_all, launches(kernel, p)))
     return times
 
 
@@ -183,20 +194,19 @@ def main() -> None:
 
     tasks = [(kernel, dim, choice) for (kernel, dim), choices in CANDIDATES.items() for choice in choices]
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
-        failures = [
-            (task, why) for task, why in zip(tasks, pool.map(warm, tasks, chunksize=1), strict=True) if why
-        ]
+        answers = zip(tasks, pool.map(warm, tasks, chunksize=1), strict=True)
+        failures = [(task, why) for task, why in answers if why]
     failed = {f"{kernel} {dim} {'x'.join(map(str, choice))}" for (kernel, dim, choice), _ in failures}
     for _, why in failures:
         print("cannot run", why)
     print(f"compiled {len(tasks)} candidates in {time.perf_counter() - started:.0f} s", flush=True)
 
-    import torch._dynamo
+    from torch._dynamo import config as dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
     for name in ("cache_size_limit", "recompile_limit", "accumulated_cache_size_limit"):
-        if hasattr(torch._dynamo.config, name):
-            setattr(torch._dynamo.config, name, 1000)
+        if hasattr(dynamo, name):
+            setattr(dynamo, name, 1000)
     flex = torch.compile(flex_attention, dynamic=False)
 
     order = [(size, dim) for size in ("32K", "8K", "128K") for dim in (128, 64)]
@@ -214,17 +224,16 @@ def main() -> None:
                 "density": tiles.float().mean().item(),
                 "ours": ours,
                 "flex": theirs,
-                "delta": milliseconds(lambda steps=launches("delta", p): run_all(steps)),
+                "delta": milliseconds(partial(run_all, launches("delta", p))),
             }
-            print(
-                f"{case}: forward {ours[0]:.3f} (flex {theirs[0]:.3f}), backward {ours[1]:.3f} (flex {theirs[1]:.3f}), "
-                f"delta {row['delta']:.3f}"
+            pairs = (
+                f"forward {ours[0]:.3f} (flex {theirs[0]:.3f}), backward {ours[1]:.3f} (flex {theirs[1]:.3f})"
             )
+            print(f"{case}: {pairs}, delta {row['delta']:.3f}")
             for kernel in ("forward", "rows", "columns"):
                 times = row[kernel] = sweep(p, kernel, dim, pattern == "global+local", failed)
-                print(
-                    f"  {kernel:8}", "  ".join(f"{name} {ms:.3f}" for name, ms in times.items()), flush=True
-                )
+                cells = "  ".join(f"{name} {ms:.3f}" for name, ms in times.items())
+                print(f"  {kernel:8} {cells}", flush=True)
             result["cases"][case] = row
             path.write_text(json.dumps(result, indent=1))
 
