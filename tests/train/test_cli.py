@@ -14,7 +14,7 @@ from sparsetile.train.arms import Arm
 from sparsetile.train.data import load_corpus
 from sparsetile.train.loop import Settings, train
 
-SIZES = {"context": 640, "layers": 1, "width": 32, "heads": 2, "kv-heads": 1, "block": 16, "batch": 1}
+SIZES = {"context": 704, "layers": 1, "width": 32, "heads": 2, "kv-heads": 1, "block": 16, "batch": 1}
 TINY = [word for name, size in SIZES.items() for word in (f"--{name}", str(size))] + ["--device", "cpu"]
 
 

@@ -21,7 +21,7 @@ from sparsetile.train import report
 from sparsetile.train.arms import DENSE, Arm, compared, default_pattern, window_of
 from sparsetile.train.checkpoint import load_checkpoint
 from sparsetile.train.data import Corpus, Planting, Sequences, load_corpus
-from sparsetile.train.loop import Settings
+from sparsetile.train.loop import CHECKS, Settings
 from sparsetile.train.model import ModelConfig
 from sparsetile.train.process import ArmFailed, measured, trained
 
@@ -194,7 +194,7 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, list[Arm], Corpus]:
             device=device,
             dtype=("bf16" if device == "cuda" else "fp32") if args.dtype == "auto" else args.dtype,
             planting=_planting(args, arms, model, context, block, corpus),
-            held_out_sequences=max(4, min(8, (1 << 18) // context)),
+            held_out_sequences=max(4, min(8, (1 << 18) // context)) if device == "cuda" else 4,
             steps=args.steps,
             checkpoint=args.checkpoint,
             resume=args.resume,
@@ -264,8 +264,8 @@ def _with_length(console: Console, args: argparse.Namespace, settings: Settings,
         return replace(settings, **limit)
     with console.status("Timing a step of each arm"):
         seconds = measured(arms, replace(settings, checkpoint=None, resume=False), args.data)
-    # A look at held-out sequences costs about a third of a step each.
-    looks = (settings.held_out_sequences + 2 * 7) / 3 / settings.batch
+    # To look at a held-out sequence costs about a third of training on it.
+    looks = CHECKS * settings.held_out_sequences / 3 / settings.batch
     steps = max(int(training / sum(seconds.values()) - looks), 10)
     times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     console.print(f"A step takes: {times}. {steps:,} steps an arm fit into {minutes:g} minutes in all.")

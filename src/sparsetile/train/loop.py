@@ -21,8 +21,7 @@ from sparsetile.train.model import Attention, Model, ModelConfig
 
 Emit = Callable[[dict[str, Any]], None]
 _WARM_UP = 10
-_CHECKS_ALONG_THE_WAY = 8
-_SEQUENCES_ALONG_THE_WAY = 2
+CHECKS = 8
 _SAVE_SECONDS = 30.0
 
 
@@ -143,7 +142,7 @@ class Trainer:
         if self.device.type == "cuda":
             self.step_seconds(0)  # Kernels are compiled before the clock starts.
         saved = time.monotonic()
-        due = (math.floor(self.progress() * _CHECKS_ALONG_THE_WAY) + 1) / _CHECKS_ALONG_THE_WAY
+        due = (math.floor(self.progress() * CHECKS) + 1) / CHECKS
         while self.progress() < 1.0 and self.step != stop_after:
             first, start = self.step, time.perf_counter()
             limit = min(self.settings.steps or 1 << 62, stop_after or 1 << 62)
@@ -170,14 +169,14 @@ class Trainer:
                     f"the loss of {self.arm.name} is no longer finite at step {self.step}. Lower --lr."
                 )
             if self.progress() >= due and self.progress() < 1.0:
-                due = (math.floor(self.progress() * _CHECKS_ALONG_THE_WAY) + 1) / _CHECKS_ALONG_THE_WAY
-                self._check(emit, min(_SEQUENCES_ALONG_THE_WAY, self.settings.held_out_sequences))
+                due = (math.floor(self.progress() * CHECKS) + 1) / CHECKS
+                self._check(emit)
             if self.settings.checkpoint and time.monotonic() - saved > _SAVE_SECONDS:
                 self.save(Path(self.settings.checkpoint))
                 saved = time.monotonic()
         if self.settings.checkpoint:
             self.save(Path(self.settings.checkpoint))
-        held_out = self._check(emit, self.settings.held_out_sequences)
+        held_out = self._check(emit)
         return {
             "name": self.arm.name,
             "attention": self.arm.attention,
@@ -196,10 +195,10 @@ class Trainer:
             "checks": self.checks,
         }
 
-    def _check(self, emit: Emit, sequences: int) -> dict[str, float]:
+    def _check(self, emit: Emit) -> dict[str, float]:
         emit({"event": "checking", "step": self.step})
-        found = self.held_out(sequences)
-        self.checks.append({"step": self.step, "seconds": self.seconds, "sequences": sequences, **found})
+        found = self.held_out(self.settings.held_out_sequences)
+        self.checks.append({"step": self.step, "seconds": self.seconds, **found})
         emit({"event": "check", "step": self.step, **found})
         return found
 

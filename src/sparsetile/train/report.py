@@ -69,11 +69,11 @@ def sentences(results: list[dict[str, Any]]) -> list[str]:
             )
         else:
             more = ours / theirs - 1
-            verdict = (
-                f"{more:+.1%} of dense" if ours <= _LEARNED else "not yet learned, though within its reach"
-            )
+            verdict = f"{abs(more):.1%} {'more' if more > 0 else 'less'}"
+            if ours > _LEARNED:
+                verdict = "not yet learned, though within its reach"
             said.append(
-                f"Far repeats: the pattern pays {ours:.2f} bits per byte, dense {theirs:.2f} ({verdict})."
+                f"Far repeats: the pattern pays {ours:.3f} bits per byte, dense {theirs:.3f}: {verdict}."
             )
     if window and "copy" in window["held_out"]:
         bits = window["held_out"]["copy"]
