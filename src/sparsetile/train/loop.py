@@ -123,24 +123,29 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def step_seconds(self, repeats: int = 2) -> float:
-        """Time of one step here, without taking one: the shortest of ``repeats`` after one for warming up."""
-        times = []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            self._gradients()
-            self._wait()
-            times.append(time.perf_counter() - start)
+    def _try_step(self) -> None:
+        """A step's work without its update."""
+        self._gradients()
         self.optimiser.zero_grad(set_to_none=True)
+        self._wait()
+
+    def step_seconds(self) -> float:
+        """Time of one step here, without taking one: the shorter of two after one for warming up."""
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            self._try_step()
+            times.append(time.perf_counter() - start)
         return min(times[1:])
 
     # -- the run --------------------------------------------------------------------------------------
 
     def run(self, emit: Emit, stop_after: int | None = None) -> dict[str, Any]:
         """Trains to the end (or, as if cut off, to step ``stop_after``) and returns the arm's result."""
+        tokens_in_step = self.settings.batch * self.settings.context
         every = 8 if self.device.type == "cuda" else 1
         if self.device.type == "cuda":
-            self.step_seconds(0)  # Kernels are compiled before the clock starts.
+            self._try_step()  # Kernels are compiled before the clock starts.
         saved = time.monotonic()
         due = (math.floor(self.progress() * CHECKS) + 1) / CHECKS
         while self.progress() < 1.0 and self.step != stop_after:
@@ -153,14 +158,13 @@ class Trainer:
             took = time.perf_counter() - start
             self.seconds += took
             self.losses.append([self.step, self.seconds, bits])
-            tokens = (self.step - first) * self.settings.batch * self.settings.context
             emit(
                 {
                     "event": "step",
                     "step": self.step,
                     "progress": self.progress(),
                     "bits": bits,
-                    "tokens_per_second": tokens / took,
+                    "tokens_per_second": (self.step - first) * tokens_in_step / took,
                     "memory": self.memory.read(),
                 }
             )
@@ -184,10 +188,7 @@ class Trainer:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "steps": self.step,
             "seconds": self.seconds,
-            "tokens_per_second": self.step
-            * self.settings.batch
-            * self.settings.context
-            / max(self.seconds, 1e-9),
+            "tokens_per_second": self.step * tokens_in_step / max(self.seconds, 1e-9),
             "peak_memory": self.memory.read(),
             "memory_kind": self.memory.kind,
             "held_out": held_out,

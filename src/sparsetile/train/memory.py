@@ -22,6 +22,7 @@ class PeakMemory:
         self.device = device
         if device.type == "cuda":
             self.kind = "GPU memory in tensors"
+            torch.cuda.init()  # type: ignore[no-untyped-call]  # Resetting before this is an error.
             torch.cuda.reset_peak_memory_stats(device)
             return
         self.kind = "rise of the process's resident memory"
