@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import sparsetile as st
@@ -62,6 +64,38 @@ def test_compiled_pattern_follows_the_length_without_a_layout_in_the_graph():
     for n in (33, 64, 50):
         q, k, v = inputs(n)
         torch.testing.assert_close(compiled(q, k, v, PATTERN), run_pattern(q, k, v, PATTERN))
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_meets_the_operators_and_nothing_changes():
+    q, k, v = inputs()
+    layout = st.BlockLayout.from_pattern(PATTERN, 50, block_size=16)
+    bias = torch.randn(layout.capacity, requires_grad=True)
+    wanted = st.sparse_attention(q, k, v, layout, tile_bias=bias)
+    with Recorder() as recorder:
+        out = st.sparse_attention(q, k, v, layout, tile_bias=bias)
+        grads = torch.autograd.grad(out.sin().sum(), (q, k, v, bias))
+    assert "sparsetile.attention.default" in recorder.names
+    assert "sparsetile.attention_backward.default" in recorder.names
+    assert torch.equal(out, wanted)
+    for got, want in zip(grads, torch.autograd.grad(wanted.sin().sum(), (q, k, v, bias)), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_fake_tensors_pass():
+    with FakeTensorMode():
+        q = torch.randn(1, 2, 50, 16)
+        out = st.sparse_attention(q, q, q, PATTERN, block_size=16)
+    assert out.shape == q.shape
 
 
 def test_dropout_repeats_under_activation_checkpointing():

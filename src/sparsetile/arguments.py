@@ -168,10 +168,10 @@ def checked_tile_bias(bias: Tensor | None, query: Tensor, layout: BlockLayout | 
     if layout is None:
         raise ArgumentError(
             explain(
-                "tile_bias under torch.compile",
+                "tile_bias in a compiled or traced call",
                 expected="a BlockLayout, whose tiles the bias counts",
                 got="a Pattern",
-                fix="Build the layout outside of the compiled function.",
+                fix="Build the layout outside, and pass it in.",
             )
         )
     batches = (1, query.shape[0]) if layout.batch == 1 else (1,)

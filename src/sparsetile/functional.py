@@ -161,7 +161,7 @@ def sparse_attention(
         check_layout(layout, query, k_len)
     elif isinstance(pattern, Pattern):
         block_q, block_k = (block_size, block_size) if isinstance(block_size, int) else block_size
-        if torch.compiler.is_compiling():
+        if not op.plain(query, key, value):
             text, by_head = _pattern_text(pattern, is_causal)
             geometry = (q_len, k_len, block_q, block_k, 1, heads if by_head else 1)
         else:

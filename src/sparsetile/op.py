@@ -4,12 +4,18 @@ They carry a layout as a flat list of tensors, so PyTorch's dispatcher, ``torch.
 ``torch.export`` see ordinary tensor operators with fake kernels and autograd. A compiled graph cannot hold
 the cache's layout objects, so there a pattern travels as its text and the operator asks the cache when it
 runs.
+
+Passing a Python-defined operator costs the host about a fifth of a millisecond, as much as a short sequence
+takes on a GPU. So plain tensors outside of any graph or mode go through ``_Attention``, an autograd function
+around the same forward and backward; whoever traces, compiles or intercepts meets the operators.
+
 Validation is not done here: ``functional.sparse_attention`` is the one door.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sparsetile.errors import BackendError
-from sparsetile.kernels.request import Request
+from sparsetile.kernels.request import Gradients, Request
 from sparsetile.kernels.select import choose
 from sparsetile.layout.blocks import BlockLayout, LayoutTensors, memo_of
 from sparsetile.layout.cache import cached_layout
@@ -59,15 +65,25 @@ def attention(
 
     Either a layout, or the text of a pattern with geometry (q_len, k_len, block_q, block_k, batch, heads).
     """
-    if layout is not None:
-        geometry = (layout.q_len, layout.k_len, layout.block_q, layout.block_k, layout.batch, layout.heads)
+    if layout is not None and plain(q, k, v):
+        request = Request(
+            layout=layout,
+            scale=scale,
+            dropout_p=dropout_p,
+            seed=seed,
+            key_padding_mask=key_padding_mask,
+            attn_bias=attn_bias,
+            tile_bias=tile_bias,
+        )
+        out, lse = _Attention.apply(q, k, v, tile_bias, attn_bias, request, backend)
+        return out, lse
     result = torch.ops.sparsetile.attention(
         q,
         k,
         v,
         [] if layout is None else list(layout.tensors()),
         pattern,
-        list(geometry),
+        list(geometry) if layout is None else _geometry(layout),
         tile_bias,
         attn_bias,
         key_padding_mask,
@@ -77,6 +93,87 @@ def attention(
         backend,
     )
     return result[0], result[1]
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether nobody watches: real tensors of no subclass, no graph, no dispatch mode, no functorch level."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(q) in _PLAIN_TYPES
+        and type(k) in _PLAIN_TYPES
+        and type(v) in _PLAIN_TYPES
+        and q.device.type in ("cpu", "cuda")
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+class _Attention(torch.autograd.Function):
+    """The same forward and backward as the operators', without their passage through the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tile_bias: Tensor | None,
+        attn_bias: Tensor | None,
+        request: Request,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _run(q, k, v, request, backend)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, tile_bias, attn_bias)
+        # The biases are kept by autograd, which notices if they are changed in place before backward.
+        ctx.request = replace(request, tile_bias=None, attn_bias=None)
+        ctx.backend = backend
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, out, lse, tile_bias, attn_bias = ctx.saved_tensors
+        request = replace(ctx.request, tile_bias=tile_bias, attn_bias=attn_bias)
+        needs = ctx.needs_input_grad
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        if torch.is_grad_enabled():  # create_graph=True: the operator knows how to refuse a second derivative
+            layout = request.layout
+            dq, dk, dv, d_tile, d_attn = torch.ops.sparsetile.attention_backward(
+                grad_out,
+                grad_lse,
+                q,
+                k,
+                v,
+                out,
+                lse,
+                list(layout.tensors()),
+                "",
+                _geometry(layout),
+                tile_bias,
+                attn_bias,
+                request.key_padding_mask,
+                request.seed,
+                request.scale,
+                request.dropout_p,
+                ctx.backend,
+                needs[3],
+                needs[4],
+            )
+        else:
+            dq, dk, dv, d_tile, d_attn = _run_backward(
+                grad_out, grad_lse, q, k, v, out, lse, request, ctx.backend, needs[3], needs[4]
+            )
+        d_tile_bias = _sum_to_shape(d_tile, tile_bias) if needs[3] else None
+        d_attn_bias = _sum_to_shape(d_attn, attn_bias) if needs[4] else None
+        return dq, dk, dv, d_tile_bias, d_attn_bias, None, None
+
+
+def _geometry(layout: BlockLayout) -> list[int]:
+    return [layout.q_len, layout.k_len, layout.block_q, layout.block_k, layout.batch, layout.heads]
 
 
 def _layout(q: Tensor, tensors: Sequence[Tensor], pattern: str, geometry: Sequence[int]) -> BlockLayout:
@@ -124,15 +221,13 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
-    *parts, backend = call
+def _run(q: Tensor, k: Tensor, v: Tensor, request: Request, backend: str) -> tuple[Tensor, Tensor]:
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
-    request = _request(q, *parts)
     out, lse = choose(backend, q, k, v, request).forward(q, k, v, request)
     return out.contiguous(), lse.contiguous()
 
 
-def _backward(
+def _run_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -140,12 +235,13 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    *call: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *parts, backend, tile_bias_grad, attn_bias_grad = call
+    request: Request,
+    backend: str,
+    tile_bias_grad: bool,
+    attn_bias_grad: bool,
+) -> Gradients:
     q, k, v, grad_out = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(grad_out)
-    request = _request(q, *parts)
-    grads = choose(backend, q, k, v, request).backward(
+    return choose(backend, q, k, v, request).backward(
         grad_out,
         grad_lse,
         q,
@@ -157,14 +253,29 @@ def _backward(
         tile_bias_grad=tile_bias_grad,
         attn_bias_grad=attn_bias_grad,
     )
-    none = lse.new_empty(0)
-    return (
-        grads.q.contiguous(),
-        grads.k.contiguous(),
-        grads.v.contiguous(),
-        none if grads.tile_bias is None else grads.tile_bias.contiguous(),
-        none if grads.attn_bias is None else grads.attn_bias.contiguous(),
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
+    *parts, backend = call
+    return _run(q, k, v, _request(q, *parts), backend)
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *call: Any,
+) -> tuple[Tensor, ...]:
+    *parts, backend, tile_bias_grad, attn_bias_grad = call
+    request = _request(q, *parts)
+    grads = _run_backward(
+        grad_out, grad_lse, q, k, v, out, lse, request, backend, tile_bias_grad, attn_bias_grad
     )
+    return tuple(lse.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
 _LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
