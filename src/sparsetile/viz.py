@@ -134,11 +134,9 @@ def save_png(
         side.xaxis.set_major_locator(ticker.MaxNLocator(3, integer=True))
     side.spines[["top", "right"]].set_visible(False)
     side.tick_params(labelleft=False, labelsize=8)
-    for colour, label in ((FULL_COLOUR, "whole tiles"), (PARTIAL_COLOUR, "masked tiles")):
-        axes.plot([], [], "s", color=_unit(colour), label=label)
-    axes.legend(
-        loc="lower right", bbox_to_anchor=(1, 0.995), ncols=2, fontsize=8, frameon=False, handletextpad=0
-    )
+    names = ((FULL_COLOUR, "whole tiles"), (PARTIAL_COLOUR, "masked tiles"))
+    keys = [axes.plot([], [], "s", color=_unit(colour), label=label)[0] for colour, label in names]
+    lower.legend(handles=keys, loc="upper right", fontsize=8.5, frameon=False, handletextpad=0)
     for place, (name, value) in enumerate(fact_rows(about)):
         lower.text(0.03, 0.97 - 0.105 * place, name, va="top", fontsize=8.5, color="0.4")
         lower.text(0.25, 0.97 - 0.105 * place, value, va="top", fontsize=8.5)
