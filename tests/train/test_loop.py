@@ -87,7 +87,7 @@ def test_every_arm_sees_the_same_data_from_the_same_start(corpus: Corpus) -> Non
 def test_training_lowers_the_held_out_bits(corpus: Corpus) -> None:
     events: list[dict[str, Any]] = []
     result = train(PATTERN, replace(SETTINGS, steps=40), corpus, events.append)
-    assert result["held_out"]["text"] < 2.5 < 5.0 < result["checks"][0]["text"], SEED
+    assert result["held_out"]["text"] < 2.5 < 4.0 < result["checks"][0]["text"], SEED
     steps = [event for event in events if event["event"] == "step"]
     assert [event["step"] for event in steps] == list(range(1, 41))
     assert steps[-1]["progress"] == 1.0 and steps[-1]["tokens_per_second"] > 0

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  sparsetile train --compare\n"
         "  sparsetile train --compare --equal-time --minutes 6 --context 32K\n"
-        "  sparsetile train --attention 'Local(512) | Strided(512, head_shift=64)' --context 8K --steps 500\n"
+        "  sparsetile train --attention 'Local(256) | LogStrided()' --context 8K --steps 500\n"
         "  sparsetile train --attention dense --data ~/books --checkpoint run.pt\n"
         "  sparsetile train --attention dense --data ~/books --checkpoint run.pt --resume\n"
         "\n"
