@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import threading
+import time
 
 import pytest
 import torch
 
+from sparsetile.train import memory
 from sparsetile.train.memory import PeakMemory
 
+CPU = torch.device("cpu")
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets the peak of the past")
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only the peak of the whole process is known")
 def test_a_peak_is_seen_after_it_is_gone_and_one_of_the_past_is_not() -> None:
     torch.ones(160 << 18).sum()
-    peak = PeakMemory(torch.device("cpu"))
+    peak = PeakMemory(CPU)
     before = peak.read()
-    torch.ones(96 << 18).sum()
+    held = torch.ones(96 << 18)
+    time.sleep(0.2)
+    del held
     after = peak.read()
     assert before is not None and after is not None
     assert before < 32 << 20
     assert 90 << 20 < after < 130 << 20
-    assert "resident" in peak.kind
+    assert "allocated" in peak.kind
+    watchers = threading.active_count()
+    del peak
+    gc.collect()
+    time.sleep(0.2)
+    assert threading.active_count() < watchers
+
+
+def test_without_proc_the_resident_peak_is_told_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_allocated", lambda: None)
+    peak = PeakMemory(CPU)
+    assert "resident" in peak.kind and peak.read() is not None
