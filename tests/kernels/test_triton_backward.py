@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from oracle import check, random_case, relative_error, run
 from sparsetile.kernels import triton_backend
-from sparsetile.kernels.triton_config import Target, override
+from sparsetile.kernels.triton_config import Target, Tiles, override
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="with a GPU, tests/gpu runs the real kernels"
@@ -80,6 +81,14 @@ def test_split_rows_and_columns(features: set[str]) -> None:
     case = random_case(block=16, q_len=40, k_len=50, heads=2, head_dim=16, features=features)
     with override(chunk=1):
         check(triton_backend, case)
+
+
+def test_layouts_counted_in_int64() -> None:
+    """As past 2³¹ tiles, where row starts, schedules and the loops over them are int64."""
+    case = random_case(block=32, q_len=70, head_dim=16, batch=1, heads=2, features={"tile_bias"})
+    wide = {name: getattr(case.layout, name).long() for name in ("indptr", "t_indptr", "t_edges")}
+    with override({"columns": Tiles(16, 16, 4, 1)}, chunk=1):
+        check(triton_backend, replace(case, layout=replace(case.layout, **wide, _memo={})))
 
 
 def test_the_same_bits_every_time() -> None:

@@ -133,6 +133,10 @@ def test_long_items_come_first_and_heads_stay_together() -> None:
     assert set(order[0, heads.index(1) : heads.index(1) + 2].tolist()) == {12 + 7}
     rest = order[0, 5 : heads.index(1)].tolist()
     assert rest == sorted(rest)
+    assert schedule(layout, "rows", 8).long_items == 0
+    shared = BlockLayout.from_block_mask(rows[0], 12 * BLOCK, 40 * BLOCK, BLOCK)
+    made = schedule(shared, "rows", 8)
+    assert made.long_items == made.slots == 5
 
 
 def test_memo_and_bad_chunk() -> None:

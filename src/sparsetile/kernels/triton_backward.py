@@ -20,6 +20,7 @@ from sparsetile.kernels.triton_tiles import (
     place,
     product,
     store_tile,
+    work_of,
 )
 
 
@@ -127,7 +128,8 @@ def collect_columns(
 def columns_kernel(
     q, k, v, grad_out, lse2, delta, dk_out, dv_out, part_dk, part_dv, items, others, mask_ids, masks,
     edges, padding, bias, tile_bias, seed, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, sg_b,
-    sg_h, sg_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h, item_count, reps, heads, layout_heads, group,
+    sg_h, sg_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h, item_count, first_count, reps,
+    heads, layout_heads, group,
     q_len, k_len, k_blocks, scale, scale2, keep_scale, threshold,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, HEADS_A_PROGRAM: tl.constexpr, BATCH_SHARED: tl.constexpr, HEADS_SHARED: tl.constexpr,
@@ -140,8 +142,7 @@ def columns_kernel(
     """
     subs: tl.constexpr = BLOCK_K // N
     program = tl.program_id(0)
-    item = (program // subs) % item_count
-    rep = program // (subs * item_count)
+    item, rep = work_of(program // subs, item_count, first_count, reps)
     row = tl.load(items + item)
     if row < 0:
         return
@@ -284,7 +285,8 @@ def collect_rows(
 def rows_kernel(
     q, k, v, grad_out, lse2, delta, dq_out, part_dq, items, others, mask_ids, masks, edges, padding, bias,
     bias_grad, tile_bias, tile_grad, seed, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, sg_b,
-    sg_h, sg_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h, stg_b, stg_h, tile_grad_step, item_count, reps,
+    sg_h, sg_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h, stg_b, stg_h, tile_grad_step,
+    item_count, first_count, reps,
     heads, layout_heads, group, q_len, k_len, q_blocks, scale, scale2, keep_scale, threshold,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, BATCH_SHARED: tl.constexpr, HEADS_SHARED: tl.constexpr, PARTIAL: tl.constexpr,
@@ -294,8 +296,7 @@ def rows_kernel(
     """dQ of M queries of one work item, with the gradients of the biases of its tiles."""
     subs: tl.constexpr = BLOCK_Q // M
     program = tl.program_id(0)
-    item = (program // subs) % item_count
-    rep = program // (subs * item_count)
+    item, rep = work_of(program // subs, item_count, first_count, reps)
     row = tl.load(items + item)
     if row < 0:
         return

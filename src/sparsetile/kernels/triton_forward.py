@@ -20,6 +20,7 @@ from sparsetile.kernels.triton_tiles import (
     place,
     product,
     store_tile,
+    work_of,
 )
 
 
@@ -108,7 +109,8 @@ def put(out, lse, at, queries, dims, queries_ok, result, row_lse, D: tl.constexp
 def forward_kernel(
     q, k, v, out, lse, part_out, part_lse, items, others, mask_ids, masks, edges, padding, bias, tile_bias,
     seed, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h,
-    item_count, reps, heads, layout_heads, group, q_len, k_len, q_blocks, scale, keep_scale, threshold,
+    item_count, first_count, reps, heads, layout_heads, group, q_len, k_len, q_blocks,
+    scale, keep_scale, threshold,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, BATCH_SHARED: tl.constexpr, HEADS_SHARED: tl.constexpr, PARTIAL: tl.constexpr,
     NEGATE: tl.constexpr, PRECISION: tl.constexpr,
@@ -118,8 +120,7 @@ def forward_kernel(
     positive)."""
     subs: tl.constexpr = BLOCK_Q // M
     program = tl.program_id(0)
-    item = (program // subs) % item_count
-    rep = program // (subs * item_count)
+    item, rep = work_of(program // subs, item_count, first_count, reps)
     row = tl.load(items + item)
     if row < 0:
         return

@@ -125,6 +125,7 @@ def _common(
         **_strides("b", bias, "bhqk"),
         **_strides("t", tile_bias, "bh"),
         "item_count": plan.items.shape[1],
+        "first_count": plan.long_items,
         "reps": owners.reps,
         "heads": q.shape[1],
         "layout_heads": layout.heads,

@@ -8,8 +8,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """True if the kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1`` at import)."""
 
 COUNTS = [
-    "item_count", "split_count", "reps", "heads", "layout_heads", "group", "q_len", "k_len", "length",
-    "q_blocks", "k_blocks", "blocks", "threshold", "tile_grad_step",
+    "item_count", "first_count", "split_count", "reps", "heads", "layout_heads", "group", "q_len", "k_len",
+    "length", "q_blocks", "k_blocks", "blocks", "threshold", "tile_grad_step",
 ]  # fmt: skip
 """Arguments that differ from layout to layout: specialising on them would compile again and gain nothing."""
 
@@ -17,6 +17,22 @@ _WIDEN = tl.constexpr(INTERPRETED)
 KEY_STEP = tl.constexpr(0x9E3779B1)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def work_of(index, item_count, first_count, reps):
+    """(item, rep) of a program: the first items of all heads, then the others head by head.
+
+    Long items must not start last, but a head's keys stay in the L2 only while its programs run together.
+    """
+    if index < first_count * reps:
+        item = index % first_count
+        rep = index // first_count
+    else:
+        rest = index - first_count * reps
+        item = first_count + rest % (item_count - first_count)
+        rep = rest // (item_count - first_count)
+    return item, rep
 
 
 @triton.jit

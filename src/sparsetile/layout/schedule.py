@@ -57,6 +57,8 @@ class Schedule:
         mask_ids: ``[capacity]`` int32, as in the layout, in the order of ``others``.
         edges: ``[capacity]`` position of each entry in ``layout.indices``; empty if that is its own position.
         slots: how many slots a buffer needs for each head that shares the layout.
+        long_items: so many leading items should run for all heads before the others do; 0 if the host does
+            not know, or if the layout has heads of its own.
         partial: whether the layout may hold partial tiles.
         direction: ``"rows"`` or ``"columns"``.
     """
@@ -67,6 +69,7 @@ class Schedule:
     mask_ids: Tensor
     edges: Tensor
     slots: int
+    long_items: int
     partial: bool
     direction: Direction
 
@@ -162,10 +165,13 @@ def _build(layout: BlockLayout, direction: Direction, chunk: int) -> Schedule:
     splits[:, place] = torch.stack([torch.arange(rows, device=device), slot_first, slots_of])
     splits = splits[:, :n_splits]
 
+    long_items = 0
     if device.type == "cpu" or layout._memo.get(HOST_KNOWN):
         counts = torch.stack([parts.sum(), split.sum(), slots_of.sum()]).tolist()
         n_items, n_splits, n_slots = (int(count) for count in counts)
         items, splits = items[:, :n_items], splits[:, :n_splits]
+        if layout.batch == layout.heads == 1:
+            long_items = n_slots
     return Schedule(
         items=items.to(dtype).contiguous(),
         splits=splits.to(dtype).contiguous(),
@@ -173,6 +179,7 @@ def _build(layout: BlockLayout, direction: Direction, chunk: int) -> Schedule:
         mask_ids=mask_ids,
         edges=edges,
         slots=n_slots,
+        long_items=long_items,
         partial=partial,
         direction=direction,
     )
