@@ -11,6 +11,8 @@ import torch
 from oracle import check, random_case, relative_error, run
 from sparsetile.kernels import triton_backend
 from sparsetile.kernels.triton_config import Target, Tiles, override
+from sparsetile.layout.blocks import BlockLayout
+from sparsetile.layout.schedule import Direction, schedule
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="with a GPU, tests/gpu runs the real kernels"
@@ -89,6 +91,27 @@ def test_layouts_counted_in_int64() -> None:
     wide = {name: getattr(case.layout, name).long() for name in ("indptr", "t_indptr", "t_edges")}
     with override({"columns": Tiles(16, 16, 4, 1)}, chunk=1):
         check(triton_backend, replace(case, layout=replace(case.layout, **wide, _memo={})))
+
+
+@pytest.mark.parametrize(("block_q", "block_k"), [(16, 64), (128, 16)])
+def test_oblong_blocks(block_q: int, block_k: int) -> None:
+    case = random_case(block=32, q_len=100, k_len=130, batch=1, heads=1, features={"padding"})
+    check(triton_backend, replace(case, layout=BlockLayout.from_dense_mask(case.mask, (block_q, block_k))))
+
+
+def test_schedules_that_only_bound_their_items() -> None:
+    """Without counts on the host a schedule ends in empty items and empty splits, which do nothing."""
+    case = random_case(block=16, q_len=40, head_dim=16, heads=2, features={"gqa", "tile_bias"})
+    directions: tuple[Direction, ...] = ("rows", "columns")
+    for direction in directions:
+        exact = schedule(case.layout, direction, 1)
+        items = torch.cat([exact.items, exact.items.new_tensor([[-1, 0, 0, 0, -1]]).T.expand(5, 7)], 1)
+        splits = torch.cat([exact.splits, exact.splits.new_zeros(3, 4)], 1)
+        bound = replace(exact, items=items, splits=splits, slots=exact.slots + 3, long_items=0)
+        case.layout._memo[f"schedule {direction} 1"] = bound
+        assert schedule(case.layout, direction, 1) is bound
+    with override(chunk=1):
+        check(triton_backend, case)
 
 
 def test_the_same_bits_every_time() -> None:
