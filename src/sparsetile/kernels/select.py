@@ -1,4 +1,4 @@
-"""Choosing a backend: one visible order for ``"auto"``, a typed error with every reason when nothing serves."""
+"""Choosing a backend: one visible order for "auto"; where none serves, an error with every reason."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import cast
 
 from torch import Tensor
 
+import sparsetile.kernels.cpu as cpu
+import sparsetile.kernels.reference as reference
+import sparsetile.kernels.triton_backend as triton_backend
 from sparsetile.errors import ArgumentError, BackendError, explain
-from sparsetile.kernels import cpu, reference, triton_backend
 from sparsetile.kernels.request import Backend, Request
 
 BACKENDS: dict[str, Backend] = {
