@@ -96,8 +96,9 @@ def launches(kernel: str, p: dict[str, Any]) -> list[Any]:
             q, k, v, grad, statistic, statistic, out, torch.empty_like(k), request, target
         )
     if kernel == "rows":
-        return plan.rows_launches(q, k, v, grad, statistic, statistic, out, None, None, request, target)
-    return [plan.delta_launch(grad, out, statistic, None, statistic, torch.empty_like(statistic))]
+        saved, more = (torch.zeros_like(q), statistic, grad, None), torch.empty_like(statistic)
+        return plan.rows_launches(q, k, v, *saved, more, more, out, None, None, request, target)
+    raise ValueError(f"no kernel {kernel!r}")
 
 
 def milliseconds(work: Callable[[], object]) -> float:
@@ -220,16 +221,11 @@ def main() -> None:
             p = problem(batch, heads, length, dim, tiles)
             ours = backend_times(p)
             theirs = flex_times(p, tiles, flex)
-            row: dict[str, Any] = {
-                "density": tiles.float().mean().item(),
-                "ours": ours,
-                "flex": theirs,
-                "delta": milliseconds(partial(run_all, launches("delta", p))),
-            }
+            row: dict[str, Any] = {"density": tiles.float().mean().item(), "ours": ours, "flex": theirs}
             pairs = (
                 f"forward {ours[0]:.3f} (flex {theirs[0]:.3f}), backward {ours[1]:.3f} (flex {theirs[1]:.3f})"
             )
-            print(f"{case}: {pairs}, delta {row['delta']:.3f}")
+            print(f"{case}: {pairs}")
             for kernel in ("forward", "rows", "columns"):
                 times = row[kernel] = sweep(p, kernel, dim, pattern == "global+local", failed)
                 cells = "  ".join(f"{name} {ms:.3f}" for name, ms in times.items())

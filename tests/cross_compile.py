@@ -66,10 +66,10 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
         parts = triton_launch.tile_grad_parts(q, request, on)
         tile_grad = torch.zeros(parts, 1, heads, layout.capacity) if featured else None
         bias_grad = torch.zeros(1, heads, length, length) if featured else None
-        arguments = (q, k, k, q, statistic, statistic, q, tile_grad, bias_grad, request, on)
+        saved = (q, statistic, q, statistic if featured else None)
+        arguments = (q, k, k, *saved, statistic, statistic, q, tile_grad, bias_grad, request, on)
         return triton_launch.rows_launches(*arguments)[0]
-    assert kernel == "delta"
-    return triton_launch.delta_launch(q, q, statistic, statistic, statistic, statistic)
+    raise ValueError(f"no kernel {kernel!r}")
 
 
 def compiled(launch: Any, target: str) -> Any:

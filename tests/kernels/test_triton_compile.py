@@ -90,8 +90,6 @@ def test_other_targets_features_and_blocks() -> None:
             ["columns", 128, "bfloat16", "sm_90", {"featured": True}],
             ["rows", 128, "bfloat16", "sm_90", {"featured": True}],
             ["forward", 32, "float16", "sm_90", {"block": 16}],
-            ["delta", 80, "bfloat16", "sm_90", {}],
-            ["delta", 128, "float32", "gfx942", {}],
         ]
     )
     assert_fit(results)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsetile.kernels.request import Gradients, Request
-from sparsetile.kernels.triton_config import target_of
+from sparsetile.kernels.triton_config import overridden, target_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALLEST_HEAD_DIM, LARGEST_HEAD_DIM = 16, 256
@@ -60,15 +60,31 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
+_FORWARD = ("q", "k", "v", "padding", "bias", "tile_bias", "seed", "out", "lse")
+_BACKWARD = (
+    *("q", "k", "v", "out", "lse", "grad_out", "grad_lse", "padding", "bias", "tile_bias", "seed"),
+    *("dq_out", "dk_out", "dv_out", "tile_grad", "bias_grad"),
+)  # fmt: skip
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
     """(out ``[B, H, Nq, D]`` in q's dtype, lse ``[B, H, Nq]`` fp32), both contiguous."""
-    from sparsetile.kernels.triton_launch import forward_launches
+    from sparsetile.kernels import triton_launch as plan
+    from sparsetile.kernels.triton_replay import kind_of, record, recordings_of
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    inputs = (q, k, v, *plan.features_of(request))
+    kind, pointers = kind_of(inputs, "forward", q.get_device(), request.scale, request.dropout_p)
+    recordings = recordings_of(request.layout)
+    known = None if overridden() else recordings.get(kind)
     with _on(q.device):
-        for launch in forward_launches(q, k, v, out, lse, request, target_of(q.device)):
-            launch.run()
+        if known is not None:
+            known.play([*pointers, out.data_ptr(), lse.data_ptr()], q.device)
+            return out, lse
+        made = record(plan.forward_launches(q, k, v, out, lse, request, target_of(q.device)), _FORWARD)
+    if made is not None and not overridden():
+        recordings.keep(kind, made)
     return out, lse
 
 
@@ -88,41 +104,52 @@ def backward(
     """Gradients of ``sum(out·grad_out) + sum(lse·grad_lse)``; dq, dk, dv in the inputs' dtype, biases' in
     fp32."""
     from sparsetile.kernels import triton_launch as plan
+    from sparsetile.kernels.triton_replay import kind_of, record, recordings_of
 
-    layout, target = request.layout, target_of(q.device)
+    layout, device = request.layout, q.device
     batch, heads, q_len, dim = q.shape
     kv_heads, k_len = k.shape[1], k.shape[2]
-    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-
-    with _on(q.device):
-        lse2 = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
-        delta = torch.empty_like(lse2)
-        plan.delta_launch(grad_out, out, lse.contiguous(), grad_lse, lse2, delta).run()
-
+    grad_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_out, out))
+    lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.float().contiguous()
+    inputs = (q, k, v, out, lse, grad_out, grad_lse, *plan.features_of(request))
+    asked = (tile_bias_grad, attn_bias_grad)
+    kind, pointers = kind_of(inputs, "backward", q.get_device(), request.scale, request.dropout_p, asked)
+    recordings = recordings_of(layout)
+    known = None if overridden() else recordings.get(kind)
+    if known is not None:
+        out_heads, tile_parts = known.sizes
+    else:
+        target = target_of(device)
         out_heads = heads // plan.heads_a_program(k, q, layout, target)
-        kv_dtype = k.dtype if out_heads == kv_heads else torch.float32
-        dk = torch.empty((batch, out_heads, k_len, dim), dtype=kv_dtype, device=q.device)
-        dv = torch.empty_like(dk)
-        for launch in plan.columns_launches(q, k, v, grad_out, lse2, delta, dk, dv, request, target):
-            launch.run()
-        if out_heads != kv_heads:
-            members = (batch, kv_heads, out_heads // kv_heads, k_len, dim)
-            dk, dv = dk.view(members).sum(2).to(k.dtype), dv.view(members).sum(2).to(v.dtype)
+        tile_parts = plan.tile_grad_parts(q, request, target)
 
-        dq = torch.empty((batch, heads, q_len, dim), dtype=q.dtype, device=q.device)
-        tile_grad = bias_grad = None
-        if tile_bias_grad:
-            owners = (batch if layout.batch == 1 else 1, heads if layout.heads == 1 else 1)
-            parts = plan.tile_grad_parts(q, request, target)
-            tile_grad = torch.zeros((parts, *owners, layout.capacity), dtype=torch.float32, device=q.device)
-        if attn_bias_grad:
-            bias_grad = torch.zeros((batch, heads, q_len, k_len), dtype=torch.float32, device=q.device)
-        for launch in plan.rows_launches(
-            q, k, v, grad_out, lse2, delta, dq, tile_grad, bias_grad, request, target
-        ):
-            launch.run()
-        tile_sum = (
-            None if tile_grad is None else tile_grad[0] if tile_grad.shape[0] == 1 else tile_grad.sum(0)
-        )
+    dq = torch.empty(q.shape, dtype=q.dtype, device=device)
+    kv_dtype = k.dtype if out_heads == kv_heads else torch.float32
+    dk = torch.empty((batch, out_heads, k_len, dim), dtype=kv_dtype, device=device)
+    dv = torch.empty_like(dk)
+    tile_grad = bias_grad = None
+    if tile_bias_grad:
+        owners = (batch if layout.batch == 1 else 1, heads if layout.heads == 1 else 1)
+        tile_grad = torch.zeros((tile_parts, *owners, layout.capacity), dtype=torch.float32, device=device)
+    if attn_bias_grad:
+        bias_grad = torch.zeros((batch, heads, q_len, k_len), dtype=torch.float32, device=device)
+    with _on(device):
+        if known is not None:
+            pointers += [0 if x is None else x.data_ptr() for x in (dq, dk, dv, tile_grad, bias_grad)]
+            known.play(pointers, device)
+        else:
+            lse2 = torch.empty(lse.shape, dtype=torch.float32, device=device)
+            delta = torch.empty_like(lse2)
+            statistics = (lse2, delta)
+            rows = plan.rows_launches(
+                q, k, v, out, lse, grad_out, grad_lse, *statistics, dq, tile_grad, bias_grad, request, target
+            )
+            columns = plan.columns_launches(q, k, v, grad_out, *statistics, dk, dv, request, target)
+            made = record([*rows, *columns], _BACKWARD, (out_heads, tile_parts))
+            if made is not None and not overridden():
+                recordings.keep(kind, made)
+    if out_heads != kv_heads:
+        members = (batch, kv_heads, out_heads // kv_heads, k_len, dim)
+        dk, dv = dk.view(members).sum(2).to(k.dtype), dv.view(members).sum(2).to(v.dtype)
+    tile_sum = None if tile_grad is None else tile_grad[0] if tile_parts == 1 else tile_grad.sum(0)
     return Gradients(dq, dk, dv, tile_sum, bias_grad)

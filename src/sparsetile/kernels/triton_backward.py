@@ -3,7 +3,8 @@
 
 With P the softmax weights, dP = dO·Vᵀ and δ = rowsum(dO∘O) − dLSE: dS = P∘(dP − δ), dQ = scale·dS·K,
 dK = scale·dSᵀ·Q, dV = Pᵀ·dO (FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2). Each pass recomputes
-P from the stored LSE; columns are walked through the layout's stored transpose.
+P from the stored LSE; columns are walked through the layout's stored transpose. The row pass runs first: it
+has the rows of dO and O at hand, so it also leaves δ and the LSE in base 2 for the column pass.
 """
 
 import triton
@@ -24,35 +25,14 @@ from sparsetile.kernels.triton_tiles import (
 )
 
 
-# fmt: off
-@triton.jit(do_not_specialize=COUNTS)
-def delta_kernel(
-    grad_out, out, lse, grad_lse, lse2, delta, sg_b, sg_h, sg_n, so_b, so_h, so_n, heads, q_len,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr,
-):
-    # fmt: on
-    """δ and the LSE in base 2, fp32 ``[B, H, Nq]``; a row without keys gets LSE +inf, so P is 0 there."""
-    blocks = tl.cdiv(q_len, M)
-    program = tl.program_id(0)
-    owner = program // blocks
-    batch = (owner // heads).to(tl.int64)
-    head = (owner % heads).to(tl.int64)
-    query0 = (program % blocks).to(tl.int64) * M
-    queries = tl.arange(0, M)
-    dims = tl.arange(0, BLOCK_D)
-    ok = query0 + queries < q_len
-    grad_at = grad_out + batch * sg_b + head * sg_h + query0 * sg_n
-    out_at = out + batch * so_b + head * so_h + query0 * so_n
-    grad_tile = load_tile(grad_at, queries, sg_n, dims, ok, D, BLOCK_D, True).to(tl.float32)
-    out_tile = load_tile(out_at, queries, so_n, dims, ok, D, BLOCK_D, True).to(tl.float32)
-    row_delta = tl.sum(grad_tile * out_tile, 1)
-    at = owner.to(tl.int64) * q_len + query0 + queries
-    row_lse = tl.load(lse + at, mask=ok, other=0.0)
-    if grad_lse is not None:
-        row_delta -= tl.load(grad_lse + at, mask=ok, other=0.0)
+@triton.jit
+def row_statistics(grad_tile, out_tile, row_lse, grad_lse_rows, ok):
+    """(LSE in base 2, δ) of a block of rows; a row without keys gets LSE +inf, so P is 0 there."""
+    row_delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    if grad_lse_rows is not None:
+        row_delta -= tl.load(grad_lse_rows, mask=ok, other=0.0)
     empty = row_lse == float("-inf")
-    tl.store(lse2 + at, tl.where(empty, float("inf"), row_lse * LOG2E), mask=ok)
-    tl.store(delta + at, tl.where(empty, 0.0, row_delta), mask=ok)
+    return tl.where(empty, float("inf"), row_lse * LOG2E), tl.where(empty, 0.0, row_delta)
 
 
 # fmt: off
@@ -283,17 +263,21 @@ def collect_rows(
 # fmt: off
 @triton.jit(do_not_specialize=COUNTS)
 def rows_kernel(
-    q, k, v, grad_out, lse2, delta, dq_out, part_dq, items, others, mask_ids, masks, edges, padding, bias,
-    bias_grad, tile_bias, tile_grad, seed, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, sg_b,
-    sg_h, sg_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h, stg_b, stg_h, tile_grad_step,
-    item_count, first_count, reps,
-    heads, layout_heads, group, q_len, k_len, q_blocks, scale, scale2, keep_scale, threshold,
+    q, k, v, out, lse, grad_out, grad_lse, lse2, delta, dq_out, part_dq, items, others, mask_ids, masks,
+    edges, padding, bias, bias_grad, tile_bias, tile_grad, seed, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n,
+    sv_b, sv_h, sv_n, so_b, so_h, so_n, sg_b, sg_h, sg_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h,
+    stg_b, stg_h, tile_grad_step, item_count, first_count, reps, heads, layout_heads, group, q_len, k_len,
+    q_blocks, scale, scale2, keep_scale, threshold,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, BATCH_SHARED: tl.constexpr, HEADS_SHARED: tl.constexpr, PARTIAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # fmt: on
-    """dQ of M queries of one work item, with the gradients of the biases of its tiles."""
+    """dQ of M queries of one work item, with the gradients of the biases of its tiles.
+
+    Stores ``lse2`` and ``delta``, fp32 ``[B, H, Nq]``, of these queries; the items of a split row all store
+    the same numbers.
+    """
     subs: tl.constexpr = BLOCK_Q // M
     program = tl.program_id(0)
     item, rep = work_of(program // subs, item_count, first_count, reps)
@@ -314,9 +298,15 @@ def rows_kernel(
     grad_at = grad_out + batch * sg_b + head * sg_h + query0 * sg_n
     q_tile = load_tile(q_at, queries, sq_n, dims, queries_ok, D, BLOCK_D, True)
     grad_tile = load_tile(grad_at, queries, sg_n, dims, queries_ok, D, BLOCK_D, True)
+    out_at = out + batch * so_b + head * so_h + query0 * so_n
+    out_tile = load_tile(out_at, queries, so_n, dims, queries_ok, D, BLOCK_D, True)
     row_at = (batch * heads + head) * q_len + query0
-    row_lse = tl.load(lse2 + row_at + queries, mask=queries_ok, other=float("inf"))
-    row_delta = tl.load(delta + row_at + queries, mask=queries_ok, other=0.0)
+    row_lse = tl.load(lse + row_at + queries, mask=queries_ok, other=float("-inf"))
+    if grad_lse is not None:
+        grad_lse = grad_lse + row_at + queries
+    row_lse, row_delta = row_statistics(grad_tile, out_tile, row_lse, grad_lse, queries_ok)
+    tl.store(lse2 + row_at + queries, row_lse, mask=queries_ok)
+    tl.store(delta + row_at + queries, row_delta, mask=queries_ok)
     kv_head = head // group
     k += batch * sk_b + kv_head * sk_h
     v += batch * sv_b + kv_head * sv_h

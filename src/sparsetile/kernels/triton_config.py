@@ -43,13 +43,17 @@ class Target:
 
 # Keyed by family, kernel, bytes of an element and head_dim padded to 64, 128 or 256. Up to three choices: for
 # layouts of whole tiles, for layouts with partial tiles, and for biases, padding or dropout; the last given
-# serves the rest. "hopper" was chosen without spills up to head_dim 128 (where no feature is used); the
-# others fit their shared memory.
+# serves the rest. "hopper" does not spill up to head_dim 128 where no feature is used; for 16-bit elements
+# it is the fastest such choice by benchmarks/tune_triton.py on an H200. The others fit their shared memory.
 TABLE: dict[tuple[Family, Kernel, int, int], tuple[Tiles, ...]] = {
-    ("hopper", "forward", 2, 64): (Tiles(64, 64, 4, 3),),
+    ("hopper", "forward", 2, 64): (
+        Tiles(128, 64, 4, 3),
+        Tiles(128, 64, 4, 3),
+        Tiles(64, 64, 4, 3),
+    ),
     ("hopper", "forward", 2, 128): (
-        Tiles(128, 128, 8, 2),
-        Tiles(128, 64, 8, 3),
+        Tiles(64, 64, 4, 3),
+        Tiles(64, 64, 4, 3),
         Tiles(64, 64, 8, 2),
     ),
     ("hopper", "forward", 2, 256): (
@@ -61,8 +65,8 @@ TABLE: dict[tuple[Family, Kernel, int, int], tuple[Tiles, ...]] = {
     ("hopper", "forward", 4, 128): (Tiles(16, 32, 4, 2),),
     ("hopper", "forward", 4, 256): (Tiles(16, 32, 8, 1),),
     ("hopper", "rows", 2, 64): (
-        Tiles(64, 64, 4, 3),
-        Tiles(64, 64, 4, 3),
+        Tiles(128, 64, 8, 3),
+        Tiles(128, 64, 8, 3),
         Tiles(64, 32, 4, 2),
     ),
     ("hopper", "rows", 2, 128): (
@@ -75,13 +79,13 @@ TABLE: dict[tuple[Family, Kernel, int, int], tuple[Tiles, ...]] = {
     ("hopper", "rows", 4, 128): (Tiles(16, 32, 4, 2),),
     ("hopper", "rows", 4, 256): (Tiles(16, 16, 8, 2),),
     ("hopper", "columns", 2, 64): (
-        Tiles(64, 64, 4, 2),
-        Tiles(64, 64, 4, 2),
+        Tiles(64, 64, 4, 3),
+        Tiles(64, 64, 4, 3),
         Tiles(32, 64, 4, 2),
     ),
     ("hopper", "columns", 2, 128): (
-        Tiles(64, 64, 8, 2),
-        Tiles(64, 64, 8, 2),
+        Tiles(32, 128, 8, 3),
+        Tiles(32, 128, 8, 3),
         Tiles(32, 64, 8, 2),
     ),
     ("hopper", "columns", 2, 256): (Tiles(64, 32, 8, 1),),
@@ -172,6 +176,11 @@ def tiles_for(
         owned, other = (keys, queries) if kernel == "columns" else (queries, keys)
         warps = min(warps, max(1, owned * max(other, dim) // 1024))
     return Tiles(queries, keys, warps, chosen.stages)
+
+
+def overridden() -> bool:
+    """Whether ``override`` is in force."""
+    return bool(_tiles_override or _chunk_override)
 
 
 def chunk_override() -> int | None:

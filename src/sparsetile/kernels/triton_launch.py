@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,16 +33,22 @@ _SHORT_BLOCK = 32  # tokens a program of the kernels that only combine parts
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: ``kernel[(programs,)](**arguments, **options)``."""
+    """One kernel launch: ``kernel[(programs,)](**arguments, **options)``.
+
+    ``names`` says which tensor a parameter stands for, where other kernels call it differently.
+    """
 
     kernel: Any
     programs: int
     arguments: dict[str, Any]
     options: dict[str, int]
+    names: Mapping[str, str] = field(default_factory=dict)
 
-    def run(self) -> None:
-        if self.programs:
-            self.kernel[(self.programs,)](**self.arguments, **self.options)
+    def run(self) -> Any:
+        """The compiled kernel; None in the interpreter, or if there was nothing to run."""
+        if not self.programs:
+            return None
+        return self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,17 @@ def _bits(dropout_p: float) -> int:
     return value - 2**32 if value >= 2**31 else value
 
 
+def features_of(request: Request) -> tuple[Tensor | None, ...]:
+    """(padding as uint8, attn_bias, tile_bias, seed) as the kernels take them."""
+    padding = _unit_stride(request.key_padding_mask)
+    return (
+        None if padding is None else padding.view(torch.uint8),
+        request.attn_bias,
+        _unit_stride(request.tile_bias),
+        request.seed,
+    )
+
+
 def _common(
     q: Tensor,
     k: Tensor,
@@ -102,8 +118,7 @@ def _common(
 ) -> dict[str, Any]:
     """Arguments that all three passes over the tiles take."""
     layout = request.layout
-    padding = _unit_stride(request.key_padding_mask)
-    bias, tile_bias = request.attn_bias, _unit_stride(request.tile_bias)
+    padding, bias, tile_bias, seed = features_of(request)
     dim = q.shape[-1]
     return {
         "q": q,
@@ -114,10 +129,10 @@ def _common(
         "mask_ids": plan.mask_ids,
         "masks": layout.masks,
         "edges": plan.edges if plan.edges.numel() and tile_bias is not None else None,
-        "padding": None if padding is None else padding.view(torch.uint8),
+        "padding": padding,
         "bias": bias,
         "tile_bias": tile_bias,
-        "seed": request.seed,
+        "seed": seed,
         **_strides("q", q, "bhn"),
         **_strides("k", k, "bhn"),
         **_strides("v", v, "bhn"),
@@ -211,6 +226,7 @@ def _combining(
     owners: _Owners,
     layout: BlockLayout,
     dim: int,
+    names: Mapping[str, str] | None = None,
 ) -> Launch:
     """The launch that combines the parts of split rows (or columns)."""
     block = layout.block_q if plan.direction == "rows" else layout.block_k
@@ -229,34 +245,8 @@ def _combining(
         "BATCH_SHARED": owners.batch_shared,
         "HEADS_SHARED": owners.heads_shared,
     }
-    return Launch(
-        kernel, count * owners.reps * (block // height), arguments, {"num_warps": 4, "num_stages": 2}
-    )
-
-
-def delta_launch(
-    grad_out: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None, lse2: Tensor, delta: Tensor
-) -> Launch:
-    """The launch that fills ``lse2`` and ``delta``, fp32 ``[B, H, Nq]``."""
-    batch, heads, q_len, dim = out.shape
-    height = 64 if dim <= 128 else 32
-    arguments = {
-        "grad_out": grad_out,
-        "out": out,
-        "lse": lse,
-        "grad_lse": grad_lse,
-        "lse2": lse2,
-        "delta": delta,
-        **_strides("g", grad_out, "bhn"),
-        **_strides("o", out, "bhn"),
-        "heads": heads,
-        "q_len": q_len,
-        "D": dim,
-        "BLOCK_D": padded_dim(dim),
-        "M": height,
-    }
-    programs = batch * heads * math.ceil(q_len / height)
-    return Launch(triton_backward.delta_kernel, programs, arguments, {"num_warps": 4, "num_stages": 2})
+    programs = count * owners.reps * (block // height)
+    return Launch(kernel, programs, arguments, {"num_warps": 4, "num_stages": 2}, names or {})
 
 
 def heads_a_program(k: Tensor, q: Tensor, layout: BlockLayout, target: Target) -> int:
@@ -302,7 +292,7 @@ def columns_launches(
         "part_dv": parts[1],
         **_strides("g", grad_out, "bhn"),
         "k_blocks": layout.k_blocks,
-        "scale": request.scale,
+        "scale": float(request.scale),
         "scale2": request.scale * _LOG2E,
         "HEADS_A_PROGRAM": q.shape[1] // out_heads,
     }
@@ -315,9 +305,12 @@ def columns_launches(
             "blocks": layout.k_blocks,
             "BLOCK": layout.block_k,
         }
-        for part, out in zip(parts, (dk, dv), strict=True):
+        for name, part, out in (("dk", parts[0], dk), ("dv", parts[1], dv)):
             tensors = {"parts": part, "out": out}
-            launches.append(_combining(triton_backward.sum_kernel, tensors, sizes, plan, owners, layout, dim))
+            names = {"parts": f"part_{name}", "out": f"{name}_out"}
+            launches.append(
+                _combining(triton_backward.sum_kernel, tensors, sizes, plan, owners, layout, dim, names)
+            )
     return launches
 
 
@@ -332,7 +325,10 @@ def rows_launches(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     grad_out: Tensor,
+    grad_lse: Tensor | None,
     lse2: Tensor,
     delta: Tensor,
     dq: Tensor,
@@ -341,9 +337,11 @@ def rows_launches(
     request: Request,
     target: Target,
 ) -> list[Launch]:
-    """Launches that fill ``dq`` (contiguous), ``tile_grad`` and ``bias_grad``.
+    """Launches that fill ``dq`` (contiguous), ``tile_grad``, ``bias_grad`` and what the column pass reads,
+    ``lse2`` and ``delta``, fp32 ``[B, H, Nq]``.
 
-    Both gradients come as fp32 zeros, ``[tile_grad_parts, B or 1, H or 1, capacity]`` and ``[B, H, Nq, Nk]``.
+    ``lse`` and ``grad_lse`` are contiguous fp32. The biases' gradients come as fp32 zeros,
+    ``[tile_grad_parts, B or 1, H or 1, capacity]`` and ``[B, H, Nq, Nk]``.
     """
     layout, dim = request.layout, q.shape[-1]
     owners = _Owners.of(layout, q.shape[0], q.shape[1])
@@ -353,18 +351,22 @@ def rows_launches(
     part_dq = q.new_empty((rows, dim), dtype=torch.float32) if rows else None
     arguments = {
         **_common(q, k, v, request, plan, owners, tiles, target),
+        "out": out,
+        "lse": lse,
         "grad_out": grad_out,
+        "grad_lse": grad_lse,
         "lse2": lse2,
         "delta": delta,
         "dq_out": dq,
         "part_dq": part_dq,
         "bias_grad": bias_grad,
         "tile_grad": tile_grad,
+        **_strides("o", out, "bhn"),
         **_strides("g", grad_out, "bhn"),
         **_strides("tg", None if tile_grad is None else tile_grad[0], "bh"),
         "tile_grad_step": 0 if tile_grad is None else tile_grad[0].numel(),
         "q_blocks": layout.q_blocks,
-        "scale": request.scale,
+        "scale": float(request.scale),
         "scale2": request.scale * _LOG2E,
     }
     programs = plan.items.shape[1] * owners.reps * (layout.block_q // tiles.queries)
@@ -377,5 +379,8 @@ def rows_launches(
             "BLOCK": layout.block_q,
         }
         tensors = {"parts": part_dq, "out": dq}
-        launches.append(_combining(triton_backward.sum_kernel, tensors, sizes, plan, owners, layout, dim))
+        names = {"parts": "part_dq", "out": "dq_out"}
+        launches.append(
+            _combining(triton_backward.sum_kernel, tensors, sizes, plan, owners, layout, dim, names)
+        )
     return launches

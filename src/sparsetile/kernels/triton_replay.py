@@ -1,0 +1,148 @@
+"""Launches that were prepared once and are started again: what a repeated call costs the host.
+
+Preparing a launch (schedule, strides, sixty named arguments, Triton's own look at each of them) takes the
+host longer than a short sequence takes the GPU. The first call of a kind keeps its compiled kernels and their
+arguments; the next one only puts its own pointers in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparsetile.kernels.triton_launch import Launch
+    from sparsetile.layout.blocks import BlockLayout
+
+_MEMO = "triton_recordings"
+_MOST = 64
+"""Kinds of calls that one layout keeps."""
+
+_ALIGNMENT = 256
+_OF_LAYOUT = frozenset(("items", "others", "mask_ids", "masks", "edges", "splits"))
+_SCRATCH = frozenset(("part_out", "part_lse", "part_dk", "part_dv", "part_dq", "lse2", "delta"))
+
+
+class Recordings(dict[object, "Recording"]):
+    """The recordings of a layout by kind of call. Copies and pickles are empty: kernels live in a process."""
+
+    def __reduce__(self) -> tuple[type[Recordings], tuple[()]]:
+        return Recordings, ()
+
+    def keep(self, key: object, recording: Recording) -> None:
+        if len(self) >= _MOST:
+            self.clear()
+        self[key] = recording
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One compiled kernel on its grid, its arguments in order, and which of them every call brings anew."""
+
+    start: Callable[..., object]
+    arguments: list[Any]
+    places: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """The launches of one kind of call.
+
+    Attributes:
+        steps: in the order in which they run.
+        offsets: where each scratch buffer begins in the one that ``play`` allocates, in bytes.
+        scratch: its size in bytes.
+        kept: the layout's tensors, whose pointers stand among the arguments.
+        sizes: what the caller must know again to allocate its outputs.
+    """
+
+    steps: tuple[Step, ...]
+    offsets: tuple[int, ...]
+    scratch: int
+    kept: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
+
+    def play(self, pointers: list[int], device: torch.device) -> None:
+        """Start the kernels; ``pointers`` in the order of the names that were recorded."""
+        if self.scratch:
+            buffer = torch.empty(self.scratch, dtype=torch.uint8, device=device)
+            first = buffer.data_ptr()
+            pointers = pointers + [first + offset for offset in self.offsets]
+        for step in self.steps:
+            arguments = step.arguments.copy()
+            for place, source in step.places:
+                arguments[place] = pointers[source]
+            step.start(*arguments)
+
+
+def recordings_of(layout: BlockLayout) -> Recordings:
+    known = layout._memo.get(_MEMO)
+    if not isinstance(known, Recordings):
+        known = layout._memo[_MEMO] = Recordings()
+    return known
+
+
+def kind_of(tensors: Iterable[Tensor | None], *others: object) -> tuple[tuple[object, ...], list[int]]:
+    """(key, pointers): all that a launch, and Triton's specialisation of its kernel, takes from its inputs.
+
+    Shapes and strides stand whole in the key, hence so do their divisibility and width; of a pointer Triton
+    asks whether 16 divides it, and on AMD whether its memory ends within 2 GB. None counts as pointer 0.
+    """
+    key: list[object] = list(others)
+    pointers: list[int] = []
+    for x in tensors:
+        if x is None:
+            key.append(None)
+            pointers.append(0)
+        else:
+            pointer = x.data_ptr()
+            key += (x.dtype, x.shape, x.stride(), pointer % 16 == 0)
+            pointers.append(pointer)
+            if torch.version.hip is not None:
+                key.append(x.untyped_storage().nbytes() < 2**31)
+    return tuple(key), pointers
+
+
+def record(launches: Sequence[Launch], names: Sequence[str], sizes: tuple[int, ...] = ()) -> Recording | None:
+    """Run the launches and record them; None where they are not compiled (in the interpreter).
+
+    Args:
+        launches: as made by ``triton_launch``.
+        names: the tensors that every call brings, as the kernels (or ``Launch.names``) call them.
+        sizes: see ``Recording``.
+    """
+    sources = {name: index for index, name in enumerate(names)}
+    offsets: list[int] = []
+    kept: list[Tensor] = []
+    steps: list[Step] = []
+    scratch, recorded = 0, True
+    for launch in launches:
+        if not launch.programs:
+            continue
+        compiled = launch.run()
+        if compiled is None:
+            recorded = False
+            continue
+        arguments: list[Any] = []
+        places: list[tuple[int, int]] = []
+        for position, parameter in enumerate(launch.kernel.arg_names):
+            value = launch.arguments[parameter]
+            if isinstance(value, Tensor):
+                name = launch.names.get(parameter, parameter)
+                if name in _OF_LAYOUT:
+                    kept.append(value)
+                    value = value.data_ptr()
+                else:
+                    if name in _SCRATCH and name not in sources:
+                        sources[name] = len(names) + len(offsets)
+                        offsets.append(scratch)
+                        scratch += -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT
+                    places.append((position, sources[name]))
+                    value = None
+            arguments.append(value)
+        steps.append(Step(compiled[launch.programs, 1, 1], arguments, tuple(places)))
+    return Recording(tuple(steps), tuple(offsets), scratch, tuple(kept), sizes) if recorded else None
