@@ -180,9 +180,9 @@ class Case:
             answer[name] = torch.zeros_like(tensor) if grad is None else grad
         return answer
 
-    def dense_errors(self, expected: dict[str, Tensor]) -> dict[str, float]:
-        """Relative errors of dense ``F.scaled_dot_product_attention`` in this dtype, without dropout and
-        LSE."""
+    def dense_errors(self, expected: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+        """(relative_error, spread_error) of ``F.scaled_dot_product_attention`` in this dtype, without
+        dropout and LSE."""
         plain = Case(**{**self.__dict__, "dropout_p": 0.0, "dropout_seed": None, "grad_lse": None})
         if self.dropout_p or self.grad_lse is not None:
             expected = plain.expected()
@@ -210,7 +210,13 @@ class Case:
         )
         grads = torch.autograd.grad(out, list(leaf.values()), self.grad_out.masked_fill(empty, 0))
         got = {"out": out.detach().masked_fill(empty, 0), **dict(zip(leaf, grads, strict=True))}
-        return {name: relative_error(got[name], expected[name], self.unit(name)) for name in got}
+        return {
+            name: (
+                relative_error(got[name], expected[name], self.unit(name)),
+                spread_error(got[name], expected[name], self.unit(name)),
+            )
+            for name in got
+        }
 
     def unit(self, name: str) -> float:
         """What errors are measured against where a tensor cancels; see ``relative_error``.
@@ -245,6 +251,14 @@ def relative_error(got: Tensor, expected: Tensor, unit: float = 0.05) -> float:
         return 0.0
     difference = (got - expected)[~infinite].abs().max().item()
     return difference / max(expected[~infinite].abs().max().item(), unit)
+
+
+def spread_error(got: Tensor, expected: Tensor, unit: float) -> float:
+    """Norm of the difference over the norm of what was expected (of ``unit`` an element, at the least)."""
+    got, expected = got.double(), expected.double()
+    if not torch.isfinite(got).all():
+        return math.inf
+    return ((got - expected).norm() / expected.norm().clamp(min=unit * expected.numel() ** 0.5)).item()
 
 
 def random_case(
@@ -377,14 +391,28 @@ def _bias_sum(grad: Tensor, case: Case) -> Tensor:
 
 
 def check(backend: object, case: Case) -> None:
-    """Asserts that a backend's output and gradients are as accurate as dense attention in the same dtype."""
+    """Asserts that a backend's output and gradients are as accurate as dense attention in the same dtype.
+
+    float32 and float64 are held to their floors, the log-sum-exp always. In 16 bits the root of the summed
+    squares of all errors may be 1.2 times dense attention's, and the single worst element 2.5 times dense
+    attention's worst: a maximum over few elements differs by half between two equally good kernels, a sum
+    does not.
+    """
     expected, got = case.expected(), run(backend, case)
-    dense = {} if case.q.dtype == torch.float64 else case.dense_errors(expected)
+    half = case.q.dtype.itemsize == 2
+    dense = case.dense_errors(expected) if half else {}
     for name in expected:
         assert got[name].shape == expected[name].shape, f"{name}: {case.describe()}"
-        error = relative_error(got[name], expected[name], case.unit(name))
-        limit = FLOOR[torch.float32 if name == "lse" and case.q.dtype != torch.float64 else case.q.dtype]
-        if case.q.dtype.itemsize == 2 and name not in ("out", "lse"):
-            limit *= 2
-        limit = max(limit, 1.2 * dense.get(name, 0.0))
-        assert error <= limit, f"{name}: relative error {error:.3g} above {limit:.3g}; {case.describe()}"
+        unit = case.unit(name)
+        worst = relative_error(got[name], expected[name], unit)
+        if not half or name == "lse":
+            limit = FLOOR[torch.float64 if case.q.dtype == torch.float64 else torch.float32]
+            assert worst <= limit, f"{name}: relative error {worst:.3g} above {limit:.3g}; {case.describe()}"
+            continue
+        spread, (dense_worst, dense_spread) = spread_error(got[name], expected[name], unit), dense[name]
+        roundings = FLOOR[case.q.dtype] * (1 if name == "out" else 2)
+        for kind, error, limit in (
+            ("summed", spread, max(1.2 * dense_spread, roundings / 2)),
+            ("worst", worst, max(2.5 * dense_worst, roundings)),
+        ):
+            assert error <= limit, f"{name}: {kind} error {error:.3g} above {limit:.3g}; {case.describe()}"
