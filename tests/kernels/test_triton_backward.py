@@ -105,7 +105,7 @@ def test_schedules_that_only_bound_their_items() -> None:
     directions: tuple[Direction, ...] = ("rows", "columns")
     for direction in directions:
         exact = schedule(case.layout, direction, 1)
-        items = torch.cat([exact.items, exact.items.new_tensor([[-1, 0, 0, 0, -1]]).T.expand(5, 7)], 1)
+        items = torch.cat([exact.items, exact.items.new_tensor([[-1, 0, 0, 0, -1, 0]]).T.expand(6, 7)], 1)
         splits = torch.cat([exact.splits, exact.splits.new_zeros(3, 4)], 1)
         bound = replace(exact, items=items, splits=splits, slots=exact.slots + 3, long_items=0)
         case.layout._memo[f"schedule {direction} 1"] = bound

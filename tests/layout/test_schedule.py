@@ -37,10 +37,11 @@ def tiles_done(layout: BlockLayout, made: Schedule, direction: Direction) -> lis
     """(row, position in ``layout.indices``) of every entry of every item; checks each item on the way."""
     indptr = layout.indptr if direction == "rows" else layout.t_indptr
     done = []
-    for row, start, full_end, end, _ in made.items.T.tolist():
+    for row, start, full_end, end, _, first in made.items.T.tolist():
         if row < 0:
             continue
         assert indptr[row] <= start <= full_end <= end <= indptr[row + 1]
+        assert first == (made.others[start] if start < end else 0)
         assert (made.mask_ids[start:full_end] < 0).all() if made.partial else full_end == end
         assert (made.mask_ids[full_end:end] >= 0).all()
         edges = made.edges[start:end].tolist() if made.edges.numel() else range(start, end)
@@ -94,14 +95,14 @@ def test_slots_and_splits_agree(on_device: bool) -> None:
         layout = without_counts(layout, spare=5)
     made = schedule(layout, "rows", 2)
     of_row: dict[int, list[int]] = {}
-    for row, _, _, _, slot in made.items.T.tolist():
+    for row, _, _, _, slot, _ in made.items.T.tolist():
         if slot >= 0:
             of_row.setdefault(row, []).append(slot)
     listed = {row: list(range(first, first + count)) for row, first, count in made.splits.T.tolist() if count}
     assert {row: sorted(slots) for row, slots in of_row.items()} == listed, seed
     used = sorted(slot for slots in of_row.values() for slot in slots)
     assert used == list(range(len(used))) and len(used) <= made.slots, seed
-    whole = [row for row, *_, slot in made.items.T.tolist() if row >= 0 and slot < 0]
+    whole = [row for row, _, _, _, slot, _ in made.items.T.tolist() if row >= 0 and slot < 0]
     assert len(whole) == len(set(whole)) and not set(whole) & set(of_row), seed
 
 
@@ -116,7 +117,7 @@ def test_only_layouts_with_host_counts_are_trimmed(monkeypatch: pytest.MonkeyPat
         fields = [torch.empty_like(tensor, device="meta") for tensor in unknown.tensors()]
     shape = (layout.q_len, layout.k_len, layout.block_q, layout.block_k)
     bound = schedule(BlockLayout(*fields, *shape), "rows", 4)
-    assert bound.items.shape == (5, 10 + 100 // 4) and bound.slots >= 30
+    assert bound.items.shape == (6, 10 + 100 // 4) and bound.slots >= 30
     assert not BlockLayout(*fields, *shape)._memo.get(HOST_KNOWN)
 
 

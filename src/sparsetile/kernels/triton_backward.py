@@ -17,6 +17,8 @@ from sparsetile.kernels.triton_tiles import (
     dropout_keep,
     dropout_row,
     dropout_stream,
+    first_block,
+    item_of,
     load_tile,
     place,
     product,
@@ -38,7 +40,7 @@ def row_statistics(grad_tile, out_tile, row_lse, grad_lse_rows, ok):
 # fmt: off
 @triton.jit
 def collect_columns(
-    dk, dv, k_tile, v_tile, q, grad_out, lse2, delta, first, last, others, mask_ids, masks, edges,
+    dk, dv, k_tile, v_tile, q, grad_out, lse2, delta, first, last, block, others, mask_ids, masks, edges,
     keys_allowed, bias_keys, tile_bias, stream, key, key_in_tile, keys_ok, sq_n, sg_n, sb_q, q_len, scale,
     keep_scale, threshold,
     MASKED: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
@@ -51,7 +53,6 @@ def collect_columns(
     queries = tl.arange(0, M)
     keys = tl.arange(0, N)
     dims = tl.arange(0, BLOCK_D)
-    block = tl.load(others + first, mask=first < last, other=0)
     for step in range(first * steps, last * steps):
         entry = step // steps
         query_in_tile = (step % steps) * M
@@ -123,12 +124,9 @@ def columns_kernel(
     subs: tl.constexpr = BLOCK_K // N
     program = tl.program_id(0)
     item, rep = work_of(program // subs, item_count, first_count, reps)
-    row = tl.load(items + item)
+    row, start, full_end, end, entry = item_of(items, item, item_count)
     if row < 0:
         return
-    start = tl.load(items + item_count + item)
-    full_end = tl.load(items + 2 * item_count + item)
-    end = tl.load(items + 3 * item_count + item)
     out_heads = heads // HEADS_A_PROGRAM
     batch, out_head, block = place(row, rep, out_heads, layout_heads, k_blocks, BATCH_SHARED, HEADS_SHARED)
 
@@ -146,6 +144,9 @@ def columns_kernel(
     k_tile = load_tile(k_at, keys, sk_n, dims, keys_allowed, D, BLOCK_D, True)
     v_tile = load_tile(v_at, keys, sv_n, dims, keys_allowed, D, BLOCK_D, True)
 
+    partial_entry = entry
+    if PARTIAL:
+        partial_entry = first_block(others, start, full_end, end, entry)
     dk = tl.zeros((N, BLOCK_D), tl.float32)
     dv = tl.zeros((N, BLOCK_D), tl.float32)
     for member in range(HEADS_A_PROGRAM):
@@ -164,17 +165,17 @@ def columns_kernel(
             stream = dropout_stream(seed, batch * heads + head)
         # fmt: off
         dk, dv = collect_columns(
-            dk, dv, k_tile, v_tile, q_at, grad_at, lse2 + row_at, delta + row_at, start, full_end, others,
-            mask_ids, masks, edges, keys_allowed, bias_keys, tile_at, stream, key0 + keys, key_in_tile,
-            keys_ok, sq_n, sg_n, sb_q, q_len, scale2, keep_scale, threshold, False, padding is not None, seed
-            is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, M, N, PRECISION,
+            dk, dv, k_tile, v_tile, q_at, grad_at, lse2 + row_at, delta + row_at, start, full_end, entry,
+            others, mask_ids, masks, edges, keys_allowed, bias_keys, tile_at, stream, key0 + keys,
+            key_in_tile, keys_ok, sq_n, sg_n, sb_q, q_len, scale2, keep_scale, threshold, False,
+            padding is not None, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, M, N, PRECISION,
         )
         if PARTIAL:
             dk, dv = collect_columns(
-                dk, dv, k_tile, v_tile, q_at, grad_at, lse2 + row_at, delta + row_at, full_end, end, others,
-                mask_ids, masks, edges, keys_allowed, bias_keys, tile_at, stream, key0 + keys, key_in_tile,
-                keys_ok, sq_n, sg_n, sb_q, q_len, scale2, keep_scale, threshold, True, padding is not None,
-                seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, M, N, PRECISION,
+                dk, dv, k_tile, v_tile, q_at, grad_at, lse2 + row_at, delta + row_at, full_end, end,
+                partial_entry, others, mask_ids, masks, edges, keys_allowed, bias_keys, tile_at, stream,
+                key0 + keys, key_in_tile, keys_ok, sq_n, sg_n, sb_q, q_len, scale2, keep_scale, threshold,
+                True, padding is not None, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, M, N, PRECISION,
             )
         # fmt: on
     dk = dk * scale
@@ -197,9 +198,9 @@ def columns_kernel(
 # fmt: off
 @triton.jit
 def collect_rows(
-    dq, q_tile, grad_tile, row_lse, row_delta, k, v, first, last, others, mask_ids, masks, edges, padding,
-    bias_rows, bias_grad_rows, tile_bias, tile_grad, tile_grad_step, hashes, query, queries_ok, sk_n, sv_n,
-    sb_k, k_len, scale, keep_scale, threshold,
+    dq, q_tile, grad_tile, row_lse, row_delta, k, v, first, last, block, others, mask_ids, masks, edges,
+    padding, bias_rows, bias_grad_rows, tile_bias, tile_grad, tile_grad_step, hashes, query, queries_ok,
+    sk_n, sv_n, sb_k, k_len, scale, keep_scale, threshold,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -209,7 +210,6 @@ def collect_rows(
     check: tl.constexpr = MASKED or padding is not None
     keys = tl.arange(0, N)
     dims = tl.arange(0, BLOCK_D)
-    block = tl.load(others + first, mask=first < last, other=0)
     for step in range(first * steps, last * steps):
         entry = step // steps
         key_in_tile = (step % steps) * N
@@ -281,12 +281,9 @@ def rows_kernel(
     subs: tl.constexpr = BLOCK_Q // M
     program = tl.program_id(0)
     item, rep = work_of(program // subs, item_count, first_count, reps)
-    row = tl.load(items + item)
+    row, start, full_end, end, entry = item_of(items, item, item_count)
     if row < 0:
         return
-    start = tl.load(items + item_count + item)
-    full_end = tl.load(items + 2 * item_count + item)
-    end = tl.load(items + 3 * item_count + item)
     batch, head, block = place(row, rep, heads, layout_heads, q_blocks, BATCH_SHARED, HEADS_SHARED)
 
     first_query = (program % subs) * M
@@ -328,17 +325,18 @@ def rows_kernel(
     dq = tl.zeros((M, BLOCK_D), tl.float32)
     # fmt: off
     dq = collect_rows(
-        dq, q_tile, grad_tile, row_lse, row_delta, k, v, start, full_end, others, mask_ids, masks, edges,
-        padding, bias, bias_grad, tile_bias, tile_grad, tile_grad_step, hashes, first_query + queries,
+        dq, q_tile, grad_tile, row_lse, row_delta, k, v, start, full_end, entry, others, mask_ids, masks,
+        edges, padding, bias, bias_grad, tile_bias, tile_grad, tile_grad_step, hashes, first_query + queries,
         queries_ok, sk_n, sv_n, sb_k, k_len, scale2, keep_scale, threshold, False, seed is not None, D,
         BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
     )
     if PARTIAL:
+        entry = first_block(others, start, full_end, end, entry)
         dq = collect_rows(
-            dq, q_tile, grad_tile, row_lse, row_delta, k, v, full_end, end, others, mask_ids, masks, edges,
-            padding, bias, bias_grad, tile_bias, tile_grad, tile_grad_step, hashes, first_query + queries,
-            queries_ok, sk_n, sv_n, sb_k, k_len, scale2, keep_scale, threshold, True, seed is not None, D,
-            BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
+            dq, q_tile, grad_tile, row_lse, row_delta, k, v, full_end, end, entry, others, mask_ids, masks,
+            edges, padding, bias, bias_grad, tile_bias, tile_grad, tile_grad_step, hashes,
+            first_query + queries, queries_ok, sk_n, sv_n, sb_k, k_len, scale2, keep_scale, threshold, True,
+            seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
         )
     # fmt: on
     dq = dq * scale

@@ -16,6 +16,8 @@ from sparsetile.kernels.triton_tiles import (
     dropout_keep,
     dropout_row,
     dropout_stream,
+    first_block,
+    item_of,
     load_tile,
     place,
     product,
@@ -27,7 +29,7 @@ from sparsetile.kernels.triton_tiles import (
 # fmt: off
 @triton.jit
 def attend(
-    acc, total, peak, q_tile, k, v, first, last, others, mask_ids, masks, edges, padding, bias_rows,
+    acc, total, peak, q_tile, k, v, first, last, block, others, mask_ids, masks, edges, padding, bias_rows,
     tile_bias, hashes, query, queries_ok, sk_n, sv_n, sb_k, k_len, scale, threshold,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
@@ -40,7 +42,6 @@ def attend(
     may_be_empty: tl.constexpr = check or biased
     keys = tl.arange(0, N)
     dims = tl.arange(0, BLOCK_D)
-    block = tl.load(others + first, mask=first < last, other=0)
     for step in range(first * steps, last * steps):
         entry = step // steps
         key_in_tile = (step % steps) * N
@@ -121,12 +122,9 @@ def forward_kernel(
     subs: tl.constexpr = BLOCK_Q // M
     program = tl.program_id(0)
     item, rep = work_of(program // subs, item_count, first_count, reps)
-    row = tl.load(items + item)
+    row, start, full_end, end, entry = item_of(items, item, item_count)
     if row < 0:
         return
-    start = tl.load(items + item_count + item)
-    full_end = tl.load(items + 2 * item_count + item)
-    end = tl.load(items + 3 * item_count + item)
     batch, head, block = place(row, rep, heads, layout_heads, q_blocks, BATCH_SHARED, HEADS_SHARED)
 
     first_query = (program % subs) * M
@@ -157,15 +155,16 @@ def forward_kernel(
     peak = tl.full((M,), float("-inf"), tl.float32)
     # fmt: off
     acc, total, peak = attend(
-        acc, total, peak, q_tile, k, v, start, full_end, others, mask_ids, masks, edges, padding, bias,
+        acc, total, peak, q_tile, k, v, start, full_end, entry, others, mask_ids, masks, edges, padding, bias,
         tile_bias, hashes, first_query + queries, queries_ok, sk_n, sv_n, sb_k, k_len, scale, threshold,
         False, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
     )
     if PARTIAL:
+        entry = first_block(others, start, full_end, end, entry)
         acc, total, peak = attend(
-            acc, total, peak, q_tile, k, v, full_end, end, others, mask_ids, masks, edges, padding, bias,
-            tile_bias, hashes, first_query + queries, queries_ok, sk_n, sv_n, sb_k, k_len, scale, threshold,
-            True, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
+            acc, total, peak, q_tile, k, v, full_end, end, entry, others, mask_ids, masks, edges, padding,
+            bias, tile_bias, hashes, first_query + queries, queries_ok, sk_n, sv_n, sb_k, k_len, scale,
+            threshold, True, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
         )
     # fmt: on
     empty = total == 0.0

@@ -36,6 +36,24 @@ def work_of(index, item_count, first_count, reps):
 
 
 @triton.jit
+def item_of(items, item, item_count):
+    """(row, start, full_end, end, first block) of an item: loads that do not wait for one another."""
+    at = items + item
+    row = tl.load(at)
+    start = tl.load(at + item_count)
+    full_end = tl.load(at + 2 * item_count)
+    end = tl.load(at + 3 * item_count)
+    first = tl.load(at + 5 * item_count).to(tl.int32)
+    return row, start, full_end, end, first
+
+
+@triton.jit
+def first_block(others, start, full_end, end, first):
+    """The block of entry ``full_end``; ``first`` is that of ``start``."""
+    return tl.load(others + full_end, mask=(start < full_end) & (full_end < end), other=first)
+
+
+@triton.jit
 def place(row, rep, heads, layout_heads, blocks, BATCH_SHARED: tl.constexpr, HEADS_SHARED: tl.constexpr):
     """(batch element, head, block) of a flattened layout row, run for the rep-th head that shares it."""
     block = row % blocks

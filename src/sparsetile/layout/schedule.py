@@ -46,10 +46,12 @@ class Schedule:
     ``t_indptr`` for ``"columns"``.
 
     Attributes:
-        items: ``[5, n]`` int32 (int64 past 2³¹ tiles): row, start, full_end, end, slot of each item. Entries
-            ``start … full_end`` of ``others`` are whole tiles, ``full_end … end`` partial ones. ``slot`` is
-            −1 for a row of one item, else where the item puts its part. Row −1: nothing to do. Every row has
-            an item, even if it is empty. Items of one layout head stay together, longest first.
+        items: ``[6, n]`` int32 (int64 past 2³¹ tiles): row, start, full_end, end, slot, first of each item.
+            Entries ``start … full_end`` of ``others`` are whole tiles, ``full_end … end`` partial ones.
+            ``slot`` is −1 for a row of one item, else where the item puts its part. ``first`` is
+            ``others[start]`` (0 if the item is empty), so that a program need not wait for ``start``. Row −1:
+            nothing to do. Every row has an item, even if it is empty. Items of one layout head stay together,
+            longest first.
         splits: ``[3, m]``: row, first slot and number of slots (consecutive) of each row of several items.
             0 slots: nothing to do.
         others: ``[capacity]`` int32. Key block (for columns: query block) of each entry, whole tiles first in
@@ -158,7 +160,9 @@ def _build(layout: BlockLayout, direction: Direction, chunk: int) -> Schedule:
     length_class = ((end - start).clamp(min=1).double().log2() * 8).long() + (end > start)
     rank = row // max(blocks, 1) * _LENGTH_CLASSES + (_LENGTH_CLASSES - 1 - length_class)
     order = torch.argsort(torch.where(real, rank, torch.iinfo(torch.int64).max), stable=True)
-    items = torch.stack([torch.where(real, row, -1), start, full_end, end, slot])[:, order]
+    known = torch.cat([others, others.new_zeros(1)])
+    first_block = torch.where(end > start, known[start.clamp(0, capacity)], 0)
+    items = torch.stack([torch.where(real, row, -1), start, full_end, end, slot, first_block])[:, order]
 
     splits = torch.zeros(3, n_splits + 1, dtype=torch.int64, device=device)
     place = torch.where(split, split.cumsum(0) - 1, n_splits).clamp(max=n_splits)
