@@ -229,6 +229,7 @@ def main() -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     started = time.time()
     report: dict[str, Any] = {
+        "provenance": provenance(),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "limits": {"ratio": RATIO, "fp32": FP32_ERROR},
