@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsetile.environment import provenance
+
 HEAD_DIMS = (256, 128, 96, 80, 64, 32, 16)
 DTYPES = ("float32", "bfloat16", "float16")
 BLOCKS = (128, 64, 32, 16)
