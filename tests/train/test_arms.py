@@ -28,6 +28,17 @@ def test_the_default_pattern_reaches_everything_in_one_layer(context: int) -> No
     assert torch.equal(reached, k <= q[:, None])
 
 
+def test_of_eight_heads_two_reach_each_tile_at_a_quarter_of_the_cost() -> None:
+    context, block = 32768, 128
+    pattern = (parse_pattern(default_pattern(context, 8, block)) & Causal()).resolve(block, block)
+    k = torch.arange(0, context - 1024, block)
+    reached = torch.stack([pattern.allows(torch.tensor(context - 1), k, head) for head in range(8)])
+    assert (reached.sum(0) == 2).all()
+    model = ModelConfig(1, 64, 8, 2)
+    _, density = attention_of(Arm("pattern", default_pattern(context, 8, block)), model, context, block, CPU)
+    assert density < 0.27
+
+
 def test_a_comparison_is_the_pattern_dense_and_its_window() -> None:
     arms = compared("Strided(256) | Local(40, 3) | Local(20)", 4096, 4, 64)
     assert [arm.attention for arm in arms] == [

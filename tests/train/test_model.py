@@ -72,6 +72,15 @@ def test_every_parameter_gets_a_gradient_within_two_steps() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+def test_heads_that_share_keys_start_alike_and_not_the_same() -> None:
+    torch.manual_seed(SEED)
+    layer = Model(ModelConfig(1, 64, 4, 2)).layers[0]
+    heads, keys = layer.q.weight.view(4, 16, 64), layer.k.weight.view(2, 16, 64)
+    for head in range(4):
+        like = F.cosine_similarity(heads[head].flatten(), keys[head // 2].flatten(), dim=0)
+        assert 0.9 < like < 0.9999, SEED
+
+
 def test_bfloat16_is_near_float32_and_weights_stay_float32() -> None:
     torch.manual_seed(SEED)
     model = Model(ModelConfig(1, 64, 4, 2))

@@ -13,8 +13,16 @@ from sparsetile.train.report import draw, megabytes, sentences, table, write
 
 
 def result(name: str, copy: float | None, tokens_per_second: float = 1000.0) -> dict[str, Any]:
-    held_out = (
-        {"text": 2.5} if copy is None else {"text": 2.5, "source": 7.1, "copy": copy, "copy_after_start": 0.1}
+    held_out: dict[str, Any] = (
+        {"text": 2.5}
+        if copy is None
+        else {
+            "text": 2.5,
+            "source": 7.1,
+            "copy": copy,
+            "copy_after_start": 0.1,
+            "copy_start": [14.2, 3.3, 0.52, 0.2],
+        }
     )
     return {
         "name": name,
@@ -51,6 +59,8 @@ def test_the_table_has_a_column_for_each_arm_and_fits_a_narrow_terminal() -> Non
         "0.2500",
         "12,345",
         "300 MiB",
+        "14.20, 3.30",
+        "0.52, 0.20",
         "measured so",
         "—",
     ):

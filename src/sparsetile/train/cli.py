@@ -40,7 +40,7 @@ _SIZES = {
     },
     "cuda": {
         "context": 131072,
-        "tokens": 65536,
+        "tokens": 32768,
         "layers": 4,
         "width": 512,
         "heads": 8,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsetile.train.arms import Arm, attention_of
 from sparsetile.train.checkpoint import load_checkpoint, require_same, save_checkpoint
-from sparsetile.train.data import COPY, COPY_START, SOURCE, TEXT, Corpus, Planting, Sequences
+from sparsetile.train.data import COPY, COPY_START, SOURCE, START_BYTES, TEXT, Corpus, Planting, Sequences
 from sparsetile.train.memory import PeakMemory
 from sparsetile.train.model import Attention, Model, ModelConfig
 
@@ -71,17 +71,19 @@ class Trainer:
             arm, settings.model, settings.context, settings.block, self.device
         )
         self.attention: Attention = attention
+        # Decay would pull the sharpness of every head back to where it began.
+        matrices = [p for name, p in self.model.named_parameters() if "sharpness" not in name]
+        sharpness = [p for name, p in self.model.named_parameters() if "sharpness" in name]
         self.optimiser = torch.optim.AdamW(
-            self.model.parameters(),
+            [{"params": matrices, "weight_decay": 0.1}, {"params": sharpness, "weight_decay": 0.0}],
             lr=settings.lr,
             betas=(0.9, 0.95),
-            weight_decay=0.1,
             fused=self.device.type == "cuda",
         )
         self.step = 0
         self.seconds = 0.0
         self.losses: list[list[float]] = []
-        self.checks: list[dict[str, float]] = []
+        self.checks: list[dict[str, Any]] = []
 
     # -- one step -------------------------------------------------------------------------------------
 
@@ -196,7 +198,7 @@ class Trainer:
             "checks": self.checks,
         }
 
-    def _check(self, emit: Emit) -> dict[str, float]:
+    def _check(self, emit: Emit) -> dict[str, Any]:
         emit({"event": "checking", "step": self.step})
         found = self.held_out(self.settings.held_out_sequences)
         self.checks.append({"step": self.step, "seconds": self.seconds, **found})
@@ -204,14 +206,17 @@ class Trainer:
         return found
 
     @torch.no_grad()
-    def held_out(self, sequences: int) -> dict[str, float]:
+    def held_out(self, sequences: int) -> dict[str, Any]:
         """Bits per byte on the first held-out sequences, by kind of byte.
 
         ``text``: ordinary bytes. ``source``: the random spans, 7 bits at best. ``copy``: their copies;
-        ``copy_after_start`` leaves out the first 4 bytes of each, which nobody can place.
+        ``copy_after_start`` leaves out the first 4 bytes of each, ``copy_start`` is these one by one: nobody
+        can know the first, and few bytes match by chance in more than one place.
         """
         bits = torch.zeros(4, dtype=torch.float64)
         count = torch.zeros(4, dtype=torch.float64)
+        start_bits = torch.zeros(START_BYTES, dtype=torch.float64)
+        starts = 0
         for index in range(sequences):
             batch = self.sequences.held_out(index)
             tokens = self._to_device(batch.tokens)
@@ -224,11 +229,16 @@ class Trainer:
             kinds = batch.kinds[:, 1:].flatten().long()
             bits.index_add_(0, kinds, loss / math.log(2))
             count.index_add_(0, kinds, torch.ones_like(loss))
-        found = {"text": _mean(bits, count, TEXT)}
+            # Copies may follow each other, but the first bytes of one never follow the first of another.
+            first = kinds == COPY_START
+            start_bits += loss[first].view(-1, START_BYTES).sum(0) / math.log(2)
+            starts += int(first.sum()) // START_BYTES
+        found: dict[str, Any] = {"text": _mean(bits, count, TEXT)}
         if count[COPY] > 0:
             found["source"] = _mean(bits, count, SOURCE)
             found["copy"] = _mean(bits, count, COPY_START, COPY)
             found["copy_after_start"] = _mean(bits, count, COPY)
+            found["copy_start"] = (start_bits / starts).tolist()
         return found
 
     # -- checkpoints ----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """A small byte-level transformer: RMSNorm, RoPE, SwiGLU, grouped key heads, and any attention you hand it.
 
-Flat on purpose. Four choices are unusual, and the same in every arm of a comparison. Together they let a
+Flat on purpose. Five choices are unusual, and the same in every arm of a comparison. Together they let a
 model learn to copy from far back within about a hundred steps, where others wait through a long plateau:
 
 - *Token shift*: queries are made from the last four bytes, keys from the byte itself and the three before
@@ -10,7 +10,10 @@ model learn to copy from far back within about a hundred steps, where others wai
 - *Agreement*: values are normalised and what a head finds is scaled by its mean square, which is 1 where the
   values that it attends agree and about 1/n where it spreads over n unlike ones. So a head that looks where
   the answer is not keeps quiet. That matters where heads share out the keys. No parameters.
-- *Start*: queries and keys start from the same weights (like is compared with like), each head's
+- *Sharpness*: queries and keys are normalised, and each head learns the temperature of its softmax by its
+  logarithm. It starts low: too sharp a head takes its best chance likeness for a find, and the heads that
+  look where the answer is not speak louder than the one that has it.
+- *Start*: queries and keys start from nearly the same weights (like is compared with like), each head's
   output projection as its values' transpose, scaled to undo them, and the output layer as the embedding (what
   is attended to becomes more likely).
 """
@@ -29,6 +32,11 @@ from sparsetile.errors import ArgumentError, explain
 SYMBOLS = 256
 QUERY_TAPS = (0, 1, 2, 3)
 KEY_TAPS = (1, 2, 3, 0)
+_SHARPNESS = 2.0
+# Heads that share keys and start alike would stay alike under dense attention, as one head.
+_UNLIKENESS = 0.1
+# The logarithm moves by this times the learning rate: a doubling takes some hundred steps at most.
+_SHARPNESS_RATE = 4.0
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(q [B, H, N, D], k [B, Hkv, N, D], v [B, Hkv, N, D]) → [B, H, N, D]``, causal."""
@@ -119,12 +127,12 @@ class Layer(nn.Module):
         self.k = Linear(width, config.kv_heads * config.head_dim)
         self.v = Linear(width, config.kv_heads * config.head_dim)
         self.o = Linear(width, width)
-        self.sharpness = nn.Parameter(torch.full((config.heads, 1, 1), 3.0))
+        self.sharpness = nn.Parameter(torch.zeros(config.heads, 1, 1))
         self.gate = Linear(width, config.hidden)
         self.up = Linear(width, config.hidden)
         self.down = Linear(config.hidden, width)
         with torch.no_grad():
-            self.q.weight.copy_(self._of_every_head(self.k.weight))
+            self.q.weight.mul_(_UNLIKENESS).add_(self._of_every_head(self.k.weight))
             self.o.weight.copy_(self._of_every_head(self.v.weight).T * (width / config.head_dim))
             self.down.weight.zero_()
 
@@ -139,8 +147,8 @@ class Layer(nn.Module):
         q = self.q(shift(h, QUERY_TAPS)).view(batch, length, self.heads, -1).transpose(1, 2)
         k = self.k(shift(h, KEY_TAPS)).view(batch, length, self.kv_heads, -1).transpose(1, 2)
         v = norm(self.v(h).view(batch, length, self.kv_heads, -1).transpose(1, 2))
-        # Normalised queries and keys, with the temperature learned head by head.
-        q, k = rotate(norm(q) * self.sharpness.to(q.dtype), tables), rotate(norm(k), tables)
+        sharpness = _SHARPNESS * (_SHARPNESS_RATE * self.sharpness).exp()
+        q, k = rotate(norm(q) * sharpness.to(q.dtype), tables), rotate(norm(k), tables)
         found = attend(q, k, v)
         found = found * found.square().mean(-1, keepdim=True)
         x = x + self.o(found.transpose(1, 2).flatten(2))

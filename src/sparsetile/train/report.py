@@ -12,6 +12,7 @@ from rich.table import Table
 
 RANDOM_BITS = 7.0
 _LEARNED = 0.5 * RANDOM_BITS
+_COPY_TICKS = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 2.0, 4.0, 7.0)
 
 
 def megabytes(size: int | None) -> str:
@@ -26,7 +27,9 @@ def table(results: list[dict[str, Any]]) -> Table:
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("held-out bits per byte: text", lambda r: f"{r['held_out']['text']:.3f}"),
         ("… far repeats", lambda r: _bits(r, "copy")),
-        ("… far repeats after 4 bytes", lambda r: _bits(r, "copy_after_start")),
+        ("    their bytes 1, 2", lambda r: _start(r, 0, 2)),
+        ("    their bytes 3, 4", lambda r: _start(r, 2, 4)),
+        ("    their later bytes", lambda r: _bits(r, "copy_after_start")),
         ("tokens/s", lambda r: f"{r['tokens_per_second']:,.0f}"),
         ("peak memory", lambda r: megabytes(r["peak_memory"])),
         ("density", lambda r: f"{r['density']:.4f}"),
@@ -46,6 +49,11 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 def _bits(result: dict[str, Any], kind: str) -> str:
     return f"{result['held_out'][kind]:.3f}" if kind in result["held_out"] else "—"
+
+
+def _start(result: dict[str, Any], first: int, end: int) -> str:
+    bits = result["held_out"].get("copy_start")
+    return "—" if bits is None else ", ".join(f"{value:.2f}" for value in bits[first:end])
 
 
 def sentences(results: list[dict[str, Any]]) -> list[str]:
@@ -93,6 +101,7 @@ def draw(path: Path, results: list[dict[str, Any]]) -> str | None:
     if importlib.util.find_spec("matplotlib") is None:
         return "No picture: matplotlib is not installed. Install it with: pip install 'sparsetile[plot]'"
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     results = [r for r in results if "failed" not in r]
     repeats = any("copy" in check for r in results for check in r["checks"])
@@ -101,8 +110,11 @@ def draw(path: Path, results: list[dict[str, Any]]) -> str | None:
     axes[0].set(title="training, all bytes", xlabel="step", ylabel="bits per byte")
     axes[1].set(title="held out, text", xlabel="seconds of training", ylabel="bits per byte")
     if repeats:
-        axes[2].set(title="held out, far repeats", xlabel="step", ylabel="bits per byte", ylim=(0, 9))
-        axes[2].axhline(RANDOM_BITS, color="grey", linewidth=0.8, linestyle="--")
+        # The arms that copy would lie on each other at the foot of a linear scale.
+        axes[2].set(title="held out, far repeats", xlabel="step", ylabel="bits per byte", yscale="log")
+        axes[2].set_yticks(_COPY_TICKS, [f"{tick:g}" for tick in _COPY_TICKS], minor=False)
+        axes[2].yaxis.set_minor_locator(NullLocator())
+        axes[2].axhline(RANDOM_BITS, color="grey", linewidth=0.8, linestyle="--", label="a guess")
     for r in results:
         label, checks = (
             f"{r['name']}: {r['attention']}" if r["attention"] != r["name"] else r["name"],
@@ -117,6 +129,9 @@ def draw(path: Path, results: list[dict[str, Any]]) -> str | None:
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
+    if repeats:
+        # Only what the other panels do not have.
+        axes[2].legend(handles=axes[2].lines[:1], fontsize=7)
     figure.savefig(path, dpi=120)
     return None
 
