@@ -132,9 +132,9 @@ class Trainer:
         self._wait()
 
     def step_seconds(self) -> float:
-        """Time of one step here, without taking one: the shorter of two after one for warming up."""
+        """Time of one step here, without taking one: the shortest of four after one for warming up."""
         times = []
-        for _ in range(3):
+        for _ in range(5):
             start = time.perf_counter()
             self._try_step()
             times.append(time.perf_counter() - start)

@@ -32,7 +32,8 @@ from sparsetile.errors import ArgumentError, explain
 SYMBOLS = 256
 QUERY_TAPS = (0, 1, 2, 3)
 KEY_TAPS = (1, 2, 3, 0)
-_SHARPNESS = 2.0
+# The score of a query and a key that are wholly alike, at the start.
+_SHARPNESS = 16.0
 # Heads that share keys and start alike would stay alike under dense attention, as one head.
 _UNLIKENESS = 0.1
 # The logarithm moves by this times the learning rate: a doubling takes some hundred steps at most.
@@ -147,7 +148,8 @@ class Layer(nn.Module):
         q = self.q(shift(h, QUERY_TAPS)).view(batch, length, self.heads, -1).transpose(1, 2)
         k = self.k(shift(h, KEY_TAPS)).view(batch, length, self.kv_heads, -1).transpose(1, 2)
         v = norm(self.v(h).view(batch, length, self.kv_heads, -1).transpose(1, 2))
-        sharpness = _SHARPNESS * (_SHARPNESS_RATE * self.sharpness).exp()
+        # Attention divides by √D what normalised queries and keys have, at most D.
+        sharpness = _SHARPNESS * self.head_dim**-0.5 * (_SHARPNESS_RATE * self.sharpness).exp()
         q, k = rotate(norm(q) * sharpness.to(q.dtype), tables), rotate(norm(k), tables)
         found = attend(q, k, v)
         found = found * found.square().mean(-1, keepdim=True)
