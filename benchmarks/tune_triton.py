@@ -135,7 +135,7 @@ def flex_block_mask(tiles: Tensor, length: int) -> Any:
 
     tiles = tiles.cuda()
     counts = tiles.sum(1, dtype=torch.int32)[None, None]
-    indices = tiles.to(torch.int8).argsort(1, descending=True, stable=True).int()[None, None]
+    indices = tiles.byte().argsort(dim=1, descending=True, stable=True).int()[None, None]
     nothing = torch.zeros_like(counts)
     return BlockMask.from_kv_blocks(
         nothing, indices, counts, indices, BLOCK_SIZE=BLOCK, seq_lengths=(length, length)
