@@ -174,7 +174,9 @@ def tiles_for(
     warps = chosen.warps
     if (queries, keys) != (chosen.queries, chosen.keys):
         owned, other = (keys, queries) if kernel == "columns" else (queries, keys)
-        warps = min(warps, max(1, owned * max(other, dim) // 1024))
+        # Never one warp: Triton 3.6 miscompiles the column pass there (head_dim 16, 16-token blocks, 16-bit,
+        # dense bias: a misaligned 16-byte read on an H200). Two and four warps are right.
+        warps = min(warps, max(2, owned * max(other, dim) // 1024))
     return Tiles(queries, keys, warps, chosen.stages)
 
 
