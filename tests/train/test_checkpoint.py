@@ -22,7 +22,7 @@ from pathlib import Path
 from sparsetile.train.checkpoint import load_checkpoint, save_checkpoint
 
 path, chance, last = Path(sys.argv[1]), random.Random(int(sys.argv[2])), 0
-for _ in range(12):
+for _ in range(8):
     out, back = os.pipe()
     child = os.fork()
     if child == 0:
@@ -71,7 +71,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _ROUNDS, str(tmp_path / "run.pt"), str(SEED)]
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **paths}, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **paths}, timeout=400)
     assert "rounds done" in done.stdout, (SEED, done.stderr)
 
 
