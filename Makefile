@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: .venv/.demo
 	$(BIN)/sparsetile train --compare --out runs/demo
-	$(BIN)/sparsetile show --from-run runs/demo
+	$(BIN)/sparsetile show --run runs/demo
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -33,6 +34,31 @@ def test_show_a_head_of_its_own_with_other_keys(capsys):
     pattern = "Dilated(256, 2)"
     assert main(["show", pattern, "--length", "512", "--keys", "1K", "--heads", "4", "--head", "3"]) == 0
     assert "512 queries × 1,024 keys" in capsys.readouterr().out
+
+
+def test_show_draws_what_a_run_trained_with(tmp_path, capsys):
+    run = {
+        "arms": [{"attention": "dense"}, {"attention": "Local(64) | Strided(128, head_shift=64)"}],
+        "settings": {"context": 1024, "block": 64, "model": {"heads": 2, "width": 64}},
+    }
+    (tmp_path / "train.json").write_text(json.dumps(run))
+    assert main(["show", "--run", str(tmp_path), "--head", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "Strided(128, head_shift=64), causal, head 1" in printed
+    assert "1,024 queries" in printed
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{", "broken"), ('{"arms": []}', "settings"), ('{"arms": [], "settings": {"context": 9, "block": 64, '
+      '"model": {"heads": 2, "width": 64}}}', "dense only")],
+)  # fmt: skip
+def test_show_says_what_is_wrong_with_a_run(tmp_path, capsys, content, words):
+    (tmp_path / "train.json").write_text(content)
+    assert main(["show", "--run", str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert printed.count("\n") == 1
 
 
 def test_show_writes_a_png(tmp_path, capsys):
@@ -71,6 +97,8 @@ SHOW = ["show", "Local(8)", "--length", "64"]
         ([], 2, "required: command"),
         (["draw"], 2, "invalid choice: 'draw'"),
         (["show", "Local(8)"], 2, "--length"),
+        (["show", "Local(8)", "--run", "runs"], 2, "--run"),
+        (["show", "--run", "no/such/folder"], 1, "no/such/folder"),
         (["show", "Local(8)", "--length", "0"], 2, "expected 1 to 1,099,511,627,776 tokens"),
         (["show", "Local(8)", "--length", "9" * 30], 2, "expected 1 to 1,099,511,627,776 tokens"),
         (["show", "Local(8)", "--length", "many"], 2, "like 4096, 64K or 1M"),

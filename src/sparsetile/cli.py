@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -33,7 +34,8 @@ _COMMANDS = {
         "examples:\n"
         "  sparsetile show 'Local(2048) | Global(64)' --length 64K\n"
         "  sparsetile show 'Local(4096) | Global(128)' --length 1M --causal --png layout.png\n"
-        "  sparsetile show 'LogStrided()' --length 8192 --block 64\n",
+        "  sparsetile show 'LogStrided()' --length 8192 --block 64\n"
+        "  sparsetile show --run runs/train --head 1\n",
     ),
     "bench": (
         "time, memory and error of every backend against dense attention and its rivals",
@@ -162,9 +164,10 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
     from sparsetile.layout.blocks import BLOCK_SIZES
 
-    parser.add_argument("pattern", metavar="PATTERN", help="for example 'Local(2048) | Global(64)'")
+    parser.add_argument("pattern", nargs="?", metavar="PATTERN", help="as 'Local(2048) | Global(64)'")
+    parser.add_argument("--length", type=token_count, metavar="N", help="query tokens: 4096, 64K, 1M")
     parser.add_argument(
-        "--length", type=token_count, required=True, metavar="N", help="query tokens: 4096, 64K, 1M"
+        "--run", dest="folder", metavar="DIR", help="draw what `train --out DIR` trained with"
     )
     parser.add_argument("--keys", type=token_count, metavar="N", help="key tokens, if not as many as queries")
     parser.add_argument("--causal", action="store_true", help="also forbid keys after the query")
@@ -191,6 +194,17 @@ def _show(options: argparse.Namespace) -> int:
     from sparsetile import viz
     from sparsetile.facts import describe
 
+    if options.folder is not None:
+        _take_run(options)
+    elif options.pattern is None or options.length is None:
+        raise ArgumentError(
+            explain(
+                "show",
+                expected="PATTERN and --length N, or --run DIR",
+                got=f"PATTERN {options.pattern}, --length {options.length}",
+                fix="For example: sparsetile show 'Local(2048)' --length 64K.",
+            )
+        )
     layout, title = _layout(options)
     head = options.head if layout.heads > 1 else 0
     if options.png is not None:
@@ -214,6 +228,44 @@ def _print_facts(console: Console, rows: list[tuple[str, str]]) -> None:
     margin = max(len(name) for name, _ in rows)
     for name, value in rows:
         console.print(f"[dim]{name:<{margin}}[/]  {value}", soft_wrap=True)
+
+
+def _take_run(options: argparse.Namespace) -> None:
+    """Fill in the pattern, causal, and the sizes of a training run from its ``train.json``."""
+    path = os.path.join(options.folder, "train.json")
+    if options.pattern is not None or options.length is not None:
+        raise ArgumentError(
+            explain(
+                "show --run", expected="no PATTERN and no --length beside it", got="both", fix="Drop one."
+            )
+        )
+    with open(path, encoding="utf-8") as file:
+        try:
+            run = json.load(file)
+            patterns = [arm["attention"] for arm in run["arms"] if arm["attention"] != "dense"]
+            settings = run["settings"]
+            options.length, options.block = settings["context"], settings["block"]
+            options.heads = settings["model"]["heads"]
+            options.head_dim = settings["model"]["width"] // options.heads
+        except (ValueError, KeyError, TypeError) as problem:
+            raise ArgumentError(
+                explain(
+                    path,
+                    expected="the results that `sparsetile train` writes",
+                    got=f"a file in which this is missing or broken: {problem}",
+                    fix="Train again with --out DIR.",
+                )
+            ) from None
+    if not patterns:
+        raise ArgumentError(
+            explain(
+                path,
+                expected="an arm with a pattern",
+                got="dense only",
+                fix="Train with --attention PATTERN.",
+            )
+        )
+    options.pattern, options.causal = patterns[0], True
 
 
 def _layout(options: argparse.Namespace) -> tuple[BlockLayout, str]:
