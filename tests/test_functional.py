@@ -249,6 +249,22 @@ BAD = {
         "one value a tile",
     ),
     "block 24": (lambda: st.sparse_attention(X, X, X, PATTERN, block_size=24), LayoutError, "24"),
+    "block as text": (
+        lambda: st.sparse_attention(X, X, X, PATTERN, block_size="128"),
+        ArgumentError,
+        "block_size",
+    ),
+    "three blocks": (
+        lambda: st.sparse_attention(X, X, X, PATTERN, block_size=(16, 16, 16)),
+        ArgumentError,
+        "two ints",
+    ),
+    "scale as text": (lambda: st.sparse_attention(X, X, X, PATTERN, scale="1"), ArgumentError, "scale"),
+    "padding as list": (
+        lambda: st.sparse_attention(X, X, X, PATTERN, key_padding_mask=[1]),
+        ArgumentError,
+        "torch.Tensor",
+    ),
     "unknown backend": (
         lambda: st.sparse_attention(X, X, X, PATTERN, backend="tritn"),
         ArgumentError,

@@ -15,12 +15,29 @@ def _shapes(query: Tensor, key: Tensor, value: Tensor) -> str:
     return f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
 
 
-def check_types(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
+def check_types(**arguments: object) -> None:
+    """Everything that should be a tensor is one."""
+    for name, x in arguments.items():
         if not isinstance(x, Tensor):
             raise ArgumentError(
                 explain(name, expected="a torch.Tensor", got=type(x).__name__, fix="Convert it first.")
             )
+
+
+def checked_blocks(block_size: object) -> tuple[int, int]:
+    """``block_size`` as (block_q, block_k); which numbers are served is the layout's to say."""
+    if type(block_size) is int:
+        return block_size, block_size
+    if isinstance(block_size, tuple) and len(block_size) == 2 and all(type(b) is int for b in block_size):
+        return block_size
+    raise ArgumentError(
+        explain(
+            "block_size",
+            expected="an int, or a tuple of two ints (block_q, block_k)",
+            got=repr(block_size),
+            fix="Pass 16, 32, 64 or 128.",
+        )
+    )
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:

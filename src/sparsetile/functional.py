@@ -16,6 +16,7 @@ from sparsetile.arguments import (
     check_mask,
     check_tensors,
     check_types,
+    checked_blocks,
     checked_tile_bias,
 )
 from sparsetile.errors import ArgumentError, explain
@@ -129,7 +130,9 @@ def sparse_attention(
         >>> out.shape
         torch.Size([1, 4, 1000, 64])
     """
-    check_types(query, key, value)
+    check_types(query=query, key=key, value=value)
+    optional = {"key_padding_mask": key_padding_mask, "attn_bias": attn_bias, "tile_bias": tile_bias}
+    check_types(**{name: x for name, x in optional.items() if x is not None})
     query, key, value = _autocast(query, key, value)
     check_tensors(query, key, value, enable_gqa)
     _, heads, q_len, head_dim = query.shape
@@ -137,9 +140,9 @@ def sparse_attention(
     check_name(backend)
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
-    elif not math.isfinite(scale):
+    elif not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ArgumentError(explain("scale", expected="a finite number or None", got=scale, fix="Pass 1/√D."))
-    if not 0.0 <= dropout_p < 1.0:
+    if not isinstance(dropout_p, int | float) or not 0.0 <= dropout_p < 1.0:
         raise ArgumentError(
             explain(
                 "dropout_p", expected="0 ≤ p < 1", got=dropout_p, fix="Pass the share of weights to drop."
@@ -160,12 +163,13 @@ def sparse_attention(
             )
         check_layout(layout, query, k_len)
     elif isinstance(pattern, Pattern):
-        block_q, block_k = (block_size, block_size) if isinstance(block_size, int) else block_size
+        block_q, block_k = checked_blocks(block_size)
         if not op.plain(query, key, value):
             text, by_head = _pattern_text(pattern, is_causal)
             geometry = (q_len, k_len, block_q, block_k, 1, heads if by_head else 1)
         else:
-            layout = _pattern_layout(pattern, is_causal, q_len, k_len, block_size, query.device, heads)
+            blocks = (block_q, block_k)
+            layout = _pattern_layout(pattern, is_causal, q_len, k_len, blocks, query.device, heads)
     else:
         raise ArgumentError(
             explain(
@@ -244,13 +248,13 @@ def _pattern_layout(
     is_causal: bool,
     q_len: int,
     k_len: int,
-    block_size: int | tuple[int, int],
+    blocks: tuple[int, int],
     device: torch.device,
     heads: int,
 ) -> BlockLayout:
     if is_causal:
         pattern = pattern & Causal()
-    return cached_layout(pattern, q_len, k_len, block_size, device, heads if pattern.needs_heads else None)
+    return cached_layout(pattern, q_len, k_len, blocks, device, heads if pattern.needs_heads else None)
 
 
 def _pattern_text(pattern: Pattern, is_causal: bool) -> tuple[str, bool]:
