@@ -25,29 +25,25 @@ import torch
 from torch import Tensor
 
 BLOCK = 128
-CANDIDATES: dict[tuple[str, int], list[tuple[int, int, int, int]]] = {
+CANDIDATES: dict[tuple[str, int], list[tuple[Any, ...]]] = {
     ("forward", 64): [
         (128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 128, 4, 3),
     ],
     ("forward", 128): [
         (64, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 4, 2), (64, 64, 4, 2),
     ],
-    ("rows", 64): [
-        (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2),
+    ("backward", 64): [
+        ((64, 64), (64, 64), 4, 3), ((64, 64), (32, 64), 4, 3), ((64, 64), (64, 64), 4, 2),
+        ((128, 64), (64, 128), 8, 3), ((128, 64), (64, 128), 8, 2),
     ],
-    ("rows", 128): [
-        (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 2),
-        (64, 64, 4, 1), (64, 32, 4, 2),
-    ],
-    ("columns", 64): [
-        (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 3), (128, 64, 8, 2), (32, 128, 4, 2),
-    ],
-    ("columns", 128): [
-        (32, 128, 8, 3), (64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 1),
-        (32, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 2),
+    ("backward", 128): [
+        ((128, 64), (32, 128), 8, 3), ((64, 64), (32, 64), 4, 2), ((64, 32), (32, 64), 4, 3),
+        ((64, 32), (32, 64), 4, 2), ((128, 64), (64, 128), 8, 2), ((128, 64), (64, 128), 8, 3),
+        ((128, 32), (32, 128), 8, 3),
     ],
 }  # fmt: skip
-"""(queries, keys, warps, stages) by kernel and head_dim; the first is the table's."""
+"""By kernel and head_dim: (queries, keys, warps, stages) of forward; of backward (queries, keys) of its rows,
+the same of its columns, warps, stages. The first is the table's for whole tiles."""
 
 CHUNKS = (16, 32, 64, 128)
 """Longest items tried for patterns with long rows."""
@@ -83,6 +79,16 @@ def problem(batch: int, heads: int, length: int, dim: int, tiles: Tensor) -> dic
     return {"q": q, "k": k, "v": v, "grad": grad, "request": Request(layout, dim**-0.5)}
 
 
+def tiles_as(kernel: str, choice: tuple[Any, ...]) -> Any:
+    from sparsetile.kernels.triton_config import Pair, Tiles
+
+    return Tiles(*choice) if kernel == "forward" else Pair(*choice)
+
+
+def name_of(choice: tuple[Any, ...]) -> str:
+    return "x".join(str(part).replace(" ", "") for part in choice)
+
+
 def launches(kernel: str, p: dict[str, Any]) -> list[Any]:
     """The launches of one kernel, with outputs and statistics of the right shapes."""
     from sparsetile.kernels import triton_launch as plan
@@ -93,13 +99,10 @@ def launches(kernel: str, p: dict[str, Any]) -> list[Any]:
     out, statistic = torch.empty_like(q), torch.zeros(q.shape[:3], device=q.device)
     if kernel == "forward":
         return plan.forward_launches(q, k, v, out, statistic, request, target)
-    if kernel == "columns":
-        return plan.columns_launches(
-            q, k, v, grad, statistic, statistic, out, torch.empty_like(k), request, target
-        )
-    if kernel == "rows":
-        saved, more = (torch.zeros_like(q), statistic, grad, None), torch.empty_like(statistic)
-        return plan.rows_launches(q, k, v, *saved, more, more, out, None, None, request, target)
+    if kernel == "backward":
+        saved = (torch.zeros_like(q), statistic, grad, None)
+        grads = (out, torch.empty_like(k), torch.empty_like(v))
+        return plan.backward_launches(q, k, v, *saved, *grads, None, None, request, target)
     raise ValueError(f"no kernel {kernel!r}")
 
 
@@ -114,15 +117,15 @@ def run_all(steps: list[Any]) -> None:
         step.run()
 
 
-def warm(task: tuple[str, int, tuple[int, int, int, int]]) -> str:
+def warm(task: tuple[str, int, tuple[Any, ...]]) -> str:
     """Compile one candidate, with and without split rows, into Triton's cache."""
-    from sparsetile.kernels.triton_config import Tiles, override
+    from sparsetile.kernels.triton_config import override
 
     kernel, dim, choice = task
     try:
         small = problem(1, 2, 1024, dim, torch.ones(8, 8, dtype=torch.bool))
         for chunk in (8, 4):
-            with override({kernel: Tiles(*choice)}, chunk=chunk):  # type: ignore[dict-item]
+            with override(**{kernel: tiles_as(kernel, choice)}, chunk=chunk):
                 run_all(launches(kernel, small))
         torch.cuda.synchronize()
     except Exception as problem_met:
@@ -164,14 +167,14 @@ def backend_times(p: dict[str, Any]) -> tuple[float, float]:
 
 
 def sweep(p: dict[str, Any], kernel: str, dim: int, splits: bool, failed: set[str]) -> dict[str, float]:
-    from sparsetile.kernels.triton_config import Tiles, override
+    from sparsetile.kernels.triton_config import override
 
     times: dict[str, float] = {}
     for choice in CANDIDATES[kernel, dim]:
-        name = "x".join(map(str, choice))
+        name = name_of(choice)
         if f"{kernel} {dim} {name}" in failed:
             continue
-        with override({kernel: Tiles(*choice)}):  # type: ignore[dict-item]
+        with override(**{kernel: tiles_as(kernel, choice)}):
             times[name] = milliseconds(partial(run_all, launches(kernel, p)))
     if splits:
         for chunk in CHUNKS:
@@ -199,7 +202,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         answers = zip(tasks, pool.map(warm, tasks, chunksize=1), strict=True)
         failures = [(task, why) for task, why in answers if why]
-    failed = {f"{kernel} {dim} {'x'.join(map(str, choice))}" for (kernel, dim, choice), _ in failures}
+    failed = {f"{kernel} {dim} {name_of(choice)}" for (kernel, dim, choice), _ in failures}
     for _, why in failures:
         print("cannot run", why)
     print(f"compiled {len(tasks)} candidates in {time.perf_counter() - started:.0f} s", flush=True)
@@ -228,7 +231,7 @@ def main() -> None:
                 f"forward {ours[0]:.3f} (flex {theirs[0]:.3f}), backward {ours[1]:.3f} (flex {theirs[1]:.3f})"
             )
             print(f"{case}: {pairs}")
-            for kernel in ("forward", "rows", "columns"):
+            for kernel in ("forward", "backward"):
                 times = row[kernel] = sweep(p, kernel, dim, pattern == "global+local", failed)
                 cells = "  ".join(f"{name} {ms:.3f}" for name, ms in times.items())
                 print(f"  {kernel:8} {cells}", flush=True)
@@ -238,7 +241,7 @@ def main() -> None:
     for (kernel, dim), choices in CANDIDATES.items():
         means = []
         for choice in choices:
-            name = "x".join(map(str, choice))
+            name = name_of(choice)
             found = [row[kernel].get(name) for case, row in result["cases"].items() if f"D{dim} " in case]
             if found and all(found):
                 means.append((math.exp(sum(map(math.log, found)) / len(found)), name))

@@ -34,13 +34,15 @@ _NAMES = {
 
 
 def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict[str, Any]) -> Any:
-    """The launch that a small call makes. Options: ``block``, ``whole`` (no partial tiles), ``featured``."""
+    """The launch that a small call makes. Options: ``block``, ``whole`` (no partial tiles), ``short``
+    (at most two tiles a row), ``featured``."""
     from sparsetile.kernels import triton_launch
     from sparsetile.kernels.request import Request
     from sparsetile.kernels.triton_config import Target
     from sparsetile.layout.blocks import BlockLayout
 
-    block, length, heads = options.get("block", 128), 256, 4
+    block, heads = options.get("block", 128), 4
+    length = 256 if options.get("short") else 1024
     mask = torch.ones(1, 1, length, length, dtype=torch.bool)
     layout = BlockLayout.from_dense_mask(mask if options.get("whole") else mask.tril(), block)
     featured = options.get("featured", False)
@@ -60,15 +62,13 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
     on = Target(TARGETS[target][3], 1)  # type: ignore[arg-type]
     if kernel == "forward":
         return triton_launch.forward_launches(q, k, k, q, statistic, request, on)[0]
-    if kernel == "columns":
-        return triton_launch.columns_launches(q, k, k, q, statistic, statistic, k, k, request, on)[0]
-    if kernel == "rows":
+    if kernel in ("delta", "backward"):
         parts = triton_launch.tile_grad_parts(q, request, on)
         tile_grad = torch.zeros(parts, 1, heads, layout.capacity) if featured else None
         bias_grad = torch.zeros(1, heads, length, length) if featured else None
         saved = (q, statistic, q, statistic if featured else None)
-        arguments = (q, k, k, *saved, statistic, statistic, q, tile_grad, bias_grad, request, on)
-        return triton_launch.rows_launches(*arguments)[0]
+        arguments = (q, k, k, *saved, q, k, k, tile_grad, bias_grad, request, on)
+        return triton_launch.backward_launches(*arguments)[kernel == "backward"]
     raise ValueError(f"no kernel {kernel!r}")
 
 
@@ -127,7 +127,9 @@ def main() -> None:
     for case in json.load(sys.stdin):
         kernel, head_dim, dtype, target, options = case
         launch = launch_of(kernel, head_dim, dtype, target, options)
-        tiles = [launch.arguments.get("M"), launch.arguments.get("N"), *launch.options.values()]
+        names = ("M", "N", "ROWS_M", "ROWS_N", "COLUMNS_M", "COLUMNS_N")
+        tiles = [launch.arguments[name] for name in names if name in launch.arguments]
+        tiles += launch.options.values()
         print(
             json.dumps({"case": case, "tiles": tiles, **usage(compiled(launch, target), target)}), flush=True
         )

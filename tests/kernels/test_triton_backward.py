@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from oracle import check, random_case, relative_error, run
 from sparsetile.kernels import triton_backend
-from sparsetile.kernels.triton_config import Target, Tiles, override
+from sparsetile.kernels.triton_backward import turn_of
+from sparsetile.kernels.triton_config import Pair, Target, override
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.schedule import Direction, schedule
 
@@ -89,7 +92,7 @@ def test_layouts_counted_in_int64() -> None:
     """As past 2³¹ tiles, where row starts, schedules and the loops over them are int64."""
     case = random_case(block=32, q_len=70, head_dim=16, batch=1, heads=2, features={"tile_bias"})
     wide = {name: getattr(case.layout, name).long() for name in ("indptr", "t_indptr", "t_edges")}
-    with override({"columns": Tiles(16, 16, 4, 1)}, chunk=1):
+    with override(backward=Pair((32, 32), (16, 16), 4, 1), chunk=1):
         check(triton_backend, replace(case, layout=replace(case.layout, **wide, _memo={})))
 
 
@@ -111,6 +114,67 @@ def test_schedules_that_only_bound_their_items() -> None:
         case.layout._memo[f"schedule {direction} 1"] = bound
         assert schedule(case.layout, direction, 1) is bound
     with override(chunk=1):
+        check(triton_backend, case)
+
+
+@triton.jit
+def record_turn(record, row_first, row_rest, column_first, column_rest, families):  # type: ignore[no-untyped-def]
+    program = tl.program_id(0)
+    family, is_row, long, index = turn_of(program, row_first, row_rest, column_first, column_rest, families)
+    at = record + 4 * program
+    tl.store(at, family)
+    tl.store(at + 1, is_row)
+    tl.store(at + 2, long)
+    tl.store(at + 3, index)
+
+
+@pytest.mark.parametrize("counts", [(0, 12, 0, 5), (3, 8, 2, 16), (4, 0, 0, 7), (0, 0, 6, 1), (5, 2, 0, 0)])
+def test_turns(counts: tuple[int, int, int, int]) -> None:
+    """Long programs of all families first; then families in order, rows and columns in proportion."""
+    families, (long_rows, rows, long_columns, columns) = 3, counts
+    record = torch.full((families * sum(counts), 4), -1, dtype=torch.int32)
+    record_turn[(len(record),)](record, *counts, families)
+    turns = [tuple(turn) for turn in record.tolist()]
+    assert len(set(turns)) == len(turns)
+    long_part, rest = (
+        turns[: families * (long_rows + long_columns)],
+        turns[families * (long_rows + long_columns) :],
+    )
+    for part, long, of_rows, of_columns in (
+        (long_part, 1, long_rows, long_columns),
+        (rest, 0, rows, columns),
+    ):
+        assert [turn[0] for turn in part] == sorted(turn[0] for turn in part)
+        assert all(turn[2] == long for turn in part)
+        for family in range(families):
+            own = [turn for turn in part if turn[0] == family]
+            assert [turn[3] for turn in own if turn[1]] == list(range(of_rows))
+            assert [turn[3] for turn in own if not turn[1]] == list(range(of_columns))
+            done = 0
+            for place, turn in enumerate(own):
+                done += turn[1]
+                assert abs(done - (place + 1) * of_rows / len(own)) < 1
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_every_program_of_a_launch_has_one_turn(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+    """Items of several programs, long ones first, families of one and of several heads: all is covered once.
+
+    Outputs begin as NaN, so what no program wrote would show.
+    """
+    target = Target("hopper", 1 if group > 1 else 132)
+    monkeypatch.setattr(triton_backend, "target_of", lambda device: target)
+    plain = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, **o: plain(*a, **o).fill_(math.nan if o["dtype"].is_floating_point else 0)
+    )
+    mask = torch.ones(1, 1, 150, 170, dtype=torch.bool)
+    mask[..., 64:, 64:] = torch.rand(86, 106) > 0.5
+    mask[..., 64:96, 96:] = False
+    case = random_case(block=32, q_len=150, k_len=170, batch=2, heads=6, mask=mask, head_dim=16)
+    key_heads = case.k.shape[1] // group
+    case = replace(case, k=case.k[:, :key_heads].contiguous(), v=case.v[:, :key_heads].contiguous())
+    with override(backward=Pair((16, 32), (32, 16), 4, 1), chunk=3):
         check(triton_backend, case)
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 SHARED_BYTES = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 """What a block may use. sm_80 has 163 KB, but its choices serve sm_86 and sm_89 too, which have 99."""
 
-KERNELS = ("forward", "columns", "rows")
+KERNELS = ("forward", "backward")
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -62,10 +62,10 @@ def test_hopper_compiles_every_head_dim_without_spills(dtype: str) -> None:
     assert not spilled, spilled
 
 
-def test_hopper_choices_for_whole_tiles_do_not_spill() -> None:
-    results = compile_all(
-        [[kernel, dim, "bfloat16", "sm_90", {"whole": True}] for kernel in KERNELS for dim in (64, 128)]
-    )
+def test_hopper_choices_for_whole_tiles_and_short_rows_do_not_spill() -> None:
+    whole = [[kernel, dim, "bfloat16", "sm_90", {"whole": True}] for kernel in KERNELS for dim in (64, 128)]
+    short = [["backward", 128, "bfloat16", "sm_90", {"short": True, "whole": w}] for w in (True, False)]
+    results = compile_all(whole + short)
     assert_fit(results)
     assert not [r for r in results if r["spilled"]], results
 
@@ -75,20 +75,21 @@ def test_other_targets_features_and_blocks() -> None:
     results = compile_all(
         [
             ["forward", 64, "bfloat16", "sm_80", {}],
-            ["columns", 128, "float16", "sm_80", {}],
-            ["rows", 256, "bfloat16", "sm_80", {"featured": True}],
-            ["rows", 96, "float32", "sm_80", {"block": 32}],
+            ["backward", 128, "float16", "sm_80", {}],
+            ["backward", 256, "bfloat16", "sm_80", {"featured": True}],
+            ["backward", 96, "float32", "sm_80", {"block": 32}],
             ["forward", 128, "bfloat16", "sm_100", {"featured": True}],
-            ["columns", 64, "bfloat16", "sm_100", {}],
-            ["rows", 80, "float16", "sm_100", {"block": 64}],
-            ["columns", 128, "float32", "sm_100", {}],
+            ["backward", 64, "bfloat16", "sm_100", {}],
+            ["backward", 80, "float16", "sm_100", {"block": 64}],
+            ["backward", 128, "float32", "sm_100", {}],
             ["forward", 128, "bfloat16", "gfx942", {}],
-            ["columns", 16, "float32", "gfx942", {"block": 16}],
-            ["rows", 256, "float16", "gfx942", {}],
-            ["columns", 128, "bfloat16", "gfx942", {"featured": True}],
+            ["backward", 16, "float32", "gfx942", {"block": 16}],
+            ["backward", 256, "float16", "gfx942", {}],
+            ["backward", 128, "bfloat16", "gfx942", {"featured": True}],
             ["forward", 256, "bfloat16", "sm_90", {"featured": True}],
-            ["columns", 128, "bfloat16", "sm_90", {"featured": True}],
-            ["rows", 128, "bfloat16", "sm_90", {"featured": True}],
+            ["backward", 128, "bfloat16", "sm_90", {"featured": True}],
+            ["delta", 128, "bfloat16", "sm_90", {}],
+            ["delta", 80, "float32", "gfx942", {"featured": True}],
             ["forward", 32, "float16", "sm_90", {"block": 16}],
         ]
     )

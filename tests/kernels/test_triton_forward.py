@@ -15,7 +15,15 @@ from oracle import FLOOR, Case, check, random_case, relative_error, run
 from sparsetile.kernels import triton_backend
 from sparsetile.kernels.dropout import keep_mask
 from sparsetile.kernels.request import Request
-from sparsetile.kernels.triton_config import Target, Tiles, override, tiles_for
+from sparsetile.kernels.triton_config import (
+    BACKWARD,
+    Pair,
+    Target,
+    Tiles,
+    backward_tiles,
+    forward_tiles,
+    override,
+)
 from sparsetile.layout.blocks import BlockLayout
 
 pytestmark = pytest.mark.skipif(
@@ -158,18 +166,26 @@ def test_split_rows_equal_whole_rows(chunk: int) -> None:
 
 def test_compute_tiles_smaller_than_layout_tiles() -> None:
     case = random_case(block=64, q_len=100, batch=1, heads=1, features={"tile_bias"})
-    with override(
-        {"forward": Tiles(16, 32, 4, 1), "rows": Tiles(32, 16, 4, 1), "columns": Tiles(16, 16, 4, 1)}
-    ):
+    with override(forward=Tiles(16, 32, 4, 1), backward=Pair((32, 16), (16, 32), 4, 1)):
         check(triton_backend, case)
 
 
 def test_tiles_never_exceed_the_layout() -> None:
-    tiles = tiles_for("forward", Target("hopper", 132), 2, 128, 16, 32, "whole")
+    hopper = Target("hopper", 132)
+    tiles = forward_tiles(hopper, 2, 128, 16, 32, "whole")
     assert (tiles.queries, tiles.keys) == (16, 32) and tiles.warps <= 4
-    assert tiles_for("forward", Target("hopper", 132), 2, 80, 128, 128, "whole") == tiles_for(
-        "forward", Target("hopper", 132), 2, 128, 128, 128, "whole"
-    )
+    assert forward_tiles(hopper, 2, 80, 128, 128, "whole") == forward_tiles(hopper, 2, 128, 128, 128, "whole")
+    pair = backward_tiles(hopper, 2, 128, 16, 32, "whole", short=False)
+    assert (pair.rows, pair.columns) == ((16, 32), (16, 32)) and pair.warps <= 4
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_no_choice_has_one_warp(short: bool) -> None:
+    """Triton 3.6 miscompiles the column programs at one warp."""
+    for family, element_bytes, dim in BACKWARD:
+        target, sizes = Target(family, 1), (element_bytes, min(dim, 16), 16, 16)
+        assert backward_tiles(target, *sizes, "featured", short=short).warps >= 2
+        assert forward_tiles(target, *sizes, "featured").warps >= 2
 
 
 def test_why_not() -> None:

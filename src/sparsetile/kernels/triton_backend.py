@@ -138,14 +138,9 @@ def backward(
             pointers += [0 if x is None else x.data_ptr() for x in (dq, dk, dv, tile_grad, bias_grad)]
             known.play(pointers, device)
         else:
-            lse2 = torch.empty(lse.shape, dtype=torch.float32, device=device)
-            delta = torch.empty_like(lse2)
-            statistics = (lse2, delta)
-            rows = plan.rows_launches(
-                q, k, v, out, lse, grad_out, grad_lse, *statistics, dq, tile_grad, bias_grad, request, target
-            )
-            columns = plan.columns_launches(q, k, v, grad_out, *statistics, dk, dv, request, target)
-            made = record([*rows, *columns], _BACKWARD, (out_heads, tile_parts))
+            given = (q, k, v, out, lse, grad_out, grad_lse, dq, dk, dv, tile_grad, bias_grad)
+            launches = plan.backward_launches(*given, request, target)
+            made = record(launches, _BACKWARD, (out_heads, tile_parts))
             if made is not None and not overridden():
                 recordings.keep(kind, made)
     if out_heads != kv_heads:

@@ -2,353 +2,131 @@
 """Backward without atomics, hence the same bits every run: dK and dV by key columns, dQ by query rows.
 
 With P the softmax weights, dP = dO·Vᵀ and δ = rowsum(dO∘O) − dLSE: dS = P∘(dP − δ), dQ = scale·dS·K,
-dK = scale·dSᵀ·Q, dV = Pᵀ·dO (FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2). Each pass recomputes
-P from the stored LSE; columns are walked through the layout's stored transpose. The row pass runs first: it
-has the rows of dO and O at hand, so it also leaves δ and the LSE in base 2 for the column pass.
+dK = scale·dSᵀ·Q, dV = Pᵀ·dO (FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithm 2). Rows and columns
+both recompute P from the stored LSE; columns are walked through the layout's stored transpose. One kernel
+does both, side by side for each head: what the one read of q, k, v and dO, the other finds in the L2.
 """
 
 import triton
 import triton.language as tl
 
-from sparsetile.kernels.triton_tiles import (
-    COUNTS,
-    LOG2E,
-    allowed_pairs,
-    dropout_keep,
-    dropout_row,
-    dropout_stream,
-    first_block,
-    item_of,
-    load_tile,
-    place,
-    product,
-    store_tile,
-    work_of,
-)
-
-
-@triton.jit
-def row_statistics(grad_tile, out_tile, row_lse, grad_lse_rows, ok):
-    """(LSE in base 2, δ) of a block of rows; a row without keys gets LSE +inf, so P is 0 there."""
-    row_delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-    if grad_lse_rows is not None:
-        row_delta -= tl.load(grad_lse_rows, mask=ok, other=0.0)
-    empty = row_lse == float("-inf")
-    return tl.where(empty, float("inf"), row_lse * LOG2E), tl.where(empty, 0.0, row_delta)
-
-
-# fmt: off
-@triton.jit
-def collect_columns(
-    dk, dv, k_tile, v_tile, q, grad_out, lse2, delta, first, last, block, others, mask_ids, masks, edges,
-    keys_allowed, bias_keys, tile_bias, stream, key, key_in_tile, keys_ok, sq_n, sg_n, sb_q, q_len, scale,
-    keep_scale, threshold,
-    MASKED: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    # fmt: on
-    """Add entries first … last of a column to (dk, dv); tiles are ``[keys, queries]``."""
-    steps: tl.constexpr = BLOCK_Q // M
-    queries = tl.arange(0, M)
-    keys = tl.arange(0, N)
-    dims = tl.arange(0, BLOCK_D)
-    for step in range(first * steps, last * steps):
-        entry = step // steps
-        query_in_tile = (step % steps) * M
-        query0 = block * BLOCK_Q + query_in_tile
-        block = tl.load(others + tl.minimum((step + 1) // steps, last - 1))
-        queries_ok = queries >= 0
-        if MASKED:
-            queries_ok = query0 + queries < q_len
-        q_at = q + query0.to(tl.int64) * sq_n
-        q_tile = load_tile(q_at, queries, sq_n, dims, queries_ok, D, BLOCK_D, MASKED)
-        if MASKED:
-            row_lse = tl.load(lse2 + query0 + queries, mask=queries_ok, other=float("inf"))
-        else:
-            row_lse = tl.load(lse2 + query0 + queries)
-        s = product(k_tile, tl.trans(q_tile), None, PRECISION) * scale
-        if bias_keys is not None:
-            bias_at = bias_keys[:, None] + (query0 + queries).to(tl.int64)[None, :] * sb_q
-            if MASKED:
-                bias_tile = tl.load(bias_at, mask=keys_ok[:, None] & queries_ok[None, :], other=0.0)
-            else:
-                bias_tile = tl.load(bias_at)
-            s += bias_tile.to(tl.float32) * LOG2E
-        if tile_bias is not None:
-            s += tl.load(tile_bias + tl.load(edges + entry)) * LOG2E
-        p = tl.exp2(s - row_lse[None, :])
-        if MASKED:
-            mask_id = tl.load(mask_ids + entry)
-            query = query_in_tile + queries
-            allowed = allowed_pairs(masks, mask_id, query, key_in_tile, keys, BLOCK_Q, BLOCK_K, N, True)
-            p = tl.where(allowed, p, 0.0)
-        if PADDED:
-            p = tl.where(keys_allowed[:, None], p, 0.0)
-        grad_at = grad_out + query0.to(tl.int64) * sg_n
-        grad_tile = load_tile(grad_at, queries, sg_n, dims, queries_ok, D, BLOCK_D, MASKED)
-        if MASKED:
-            row_delta = tl.load(delta + query0 + queries, mask=queries_ok, other=0.0)
-        else:
-            row_delta = tl.load(delta + query0 + queries)
-        dp = product(v_tile, tl.trans(grad_tile), None, PRECISION)
-        kept = p
-        if DROPOUT:
-            row = dropout_row(stream, query0 + queries)
-            keep = dropout_keep(row[None, :], key[:, None], threshold)
-            kept = tl.where(keep, p, 0.0)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-        dv = product(kept.to(grad_tile.dtype), grad_tile, dv, PRECISION)
-        ds = p * (dp - row_delta[None, :])
-        dk = product(ds.to(q_tile.dtype), q_tile, dk, PRECISION)
-    return dk, dv
+from sparsetile.kernels.triton_gradients import columns_body, rows_body
+from sparsetile.kernels.triton_tiles import COUNTS, LOG2E, item_of, load_tile, place, store_tile
 
 
 # fmt: off
 @triton.jit(do_not_specialize=COUNTS)
-def columns_kernel(
-    q, k, v, grad_out, lse2, delta, dk_out, dv_out, part_dk, part_dv, items, others, mask_ids, masks,
-    edges, padding, bias, tile_bias, seed, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, sg_b,
-    sg_h, sg_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h, item_count, first_count, reps,
-    heads, layout_heads, group,
-    q_len, k_len, k_blocks, scale, scale2, keep_scale, threshold,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, HEADS_A_PROGRAM: tl.constexpr, BATCH_SHARED: tl.constexpr, HEADS_SHARED: tl.constexpr,
+def delta_kernel(
+    grad_out, out, lse, grad_lse, lse2, delta, sg_b, sg_h, sg_n, so_b, so_h, so_n, heads, q_len,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr,
+):
+    # fmt: on
+    """δ and the LSE in base 2, fp32 ``[B, H, Nq]``; a row without keys gets LSE +inf, so P is 0 there."""
+    blocks = tl.cdiv(q_len, M)
+    program = tl.program_id(0)
+    owner = program // blocks
+    batch = (owner // heads).to(tl.int64)
+    head = (owner % heads).to(tl.int64)
+    query0 = (program % blocks).to(tl.int64) * M
+    queries = tl.arange(0, M)
+    dims = tl.arange(0, BLOCK_D)
+    ok = query0 + queries < q_len
+    grad_at = grad_out + batch * sg_b + head * sg_h + query0 * sg_n
+    out_at = out + batch * so_b + head * so_h + query0 * so_n
+    grad_tile = load_tile(grad_at, queries, sg_n, dims, ok, D, BLOCK_D, True).to(tl.float32)
+    out_tile = load_tile(out_at, queries, so_n, dims, ok, D, BLOCK_D, True).to(tl.float32)
+    row_delta = tl.sum(grad_tile * out_tile, 1)
+    at = owner.to(tl.int64) * q_len + query0 + queries
+    row_lse = tl.load(lse + at, mask=ok, other=0.0)
+    if grad_lse is not None:
+        row_delta -= tl.load(grad_lse + at, mask=ok, other=0.0)
+    empty = row_lse == float("-inf")
+    tl.store(lse2 + at, tl.where(empty, float("inf"), row_lse * LOG2E), mask=ok)
+    tl.store(delta + at, tl.where(empty, 0.0, row_delta), mask=ok)
+
+
+@triton.jit
+def turn_of(program, row_first, row_rest, column_first, column_rest, families):
+    """(family, is_row, long, index): whose turn it is.
+
+    A family is a head of dk and dv with the query heads that its column programs sum over. The counts are its
+    programs for long items, which run first in all families, and for the others, which run family by family.
+    In either part rows and columns alternate in proportion; ``index`` counts the programs of a kind there.
+    """
+    long_programs = (row_first + column_first) * families
+    long = program < long_programs
+    rows = tl.where(long, row_first, row_rest)
+    both = rows + tl.where(long, column_first, column_rest)
+    turn = tl.where(long, program, program - long_programs)
+    family = turn // both
+    turn = turn % both
+    rows_before = (turn.to(tl.int64) * rows // both).to(tl.int32)
+    is_row = ((turn + 1).to(tl.int64) * rows // both).to(tl.int32) > rows_before
+    return family, is_row, long, tl.where(is_row, rows_before, turn - rows_before)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=COUNTS)
+def backward_kernel(
+    q, k, v, grad_out, lse2, delta, dq_out, dk_out, dv_out, part_dq, part_dk, part_dv,
+    row_items, row_others, row_mask_ids, row_edges, column_items, column_others, column_mask_ids,
+    column_edges, masks, padding, bias, bias_grad, tile_bias, tile_grad, seed, sq_b, sq_h, sq_n, sk_b, sk_h,
+    sk_n, sv_b, sv_h, sv_n, sg_b, sg_h, sg_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h, stg_b, stg_h,
+    tile_grad_step, row_item_count, row_first_count, column_item_count, column_first_count, reps, heads,
+    layout_heads, group, q_len, k_len, q_blocks, k_blocks, scale, scale2, keep_scale, threshold,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS_M: tl.constexpr, ROWS_N: tl.constexpr, COLUMNS_M: tl.constexpr, COLUMNS_N: tl.constexpr,
+    HEADS_A_PROGRAM: tl.constexpr, BATCH_SHARED: tl.constexpr, HEADS_SHARED: tl.constexpr,
     PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
 ):
     # fmt: on
-    """dK and dV of N keys of one work item, summed over ``HEADS_A_PROGRAM`` heads of the key head's group.
+    """One program: dQ of ``ROWS_M`` queries of a row item, or dK and dV of ``COLUMNS_N`` keys of a column's.
 
-    ``heads`` counts query heads; the outputs have ``heads // HEADS_A_PROGRAM`` heads.
+    ``reps`` counts the heads that run every column; rows have ``HEADS_A_PROGRAM`` times as many.
     """
-    subs: tl.constexpr = BLOCK_K // N
-    program = tl.program_id(0)
-    item, rep = work_of(program // subs, item_count, first_count, reps)
-    row, start, full_end, end, entry = item_of(items, item, item_count)
-    if row < 0:
-        return
-    out_heads = heads // HEADS_A_PROGRAM
-    batch, out_head, block = place(row, rep, out_heads, layout_heads, k_blocks, BATCH_SHARED, HEADS_SHARED)
-
-    key_in_tile = (program % subs) * N
-    keys = tl.arange(0, N)
-    dims = tl.arange(0, BLOCK_D)
-    key0 = block * BLOCK_K + key_in_tile
-    keys_ok = key0 + keys < k_len
-    keys_allowed = keys_ok
-    if padding is not None:
-        keys_allowed = tl.load(padding + batch * sp_b + key0 + keys, mask=keys_ok, other=1) == 0
-    kv_head = out_head * HEADS_A_PROGRAM // group
-    k_at = k + batch * sk_b + kv_head * sk_h + key0 * sk_n
-    v_at = v + batch * sv_b + kv_head * sv_h + key0 * sv_n
-    k_tile = load_tile(k_at, keys, sk_n, dims, keys_allowed, D, BLOCK_D, True)
-    v_tile = load_tile(v_at, keys, sv_n, dims, keys_allowed, D, BLOCK_D, True)
-
-    partial_entry = entry
-    if PARTIAL:
-        partial_entry = first_block(others, start, full_end, end, entry)
-    dk = tl.zeros((N, BLOCK_D), tl.float32)
-    dv = tl.zeros((N, BLOCK_D), tl.float32)
-    for member in range(HEADS_A_PROGRAM):
-        head = out_head * HEADS_A_PROGRAM + member
-        q_at = q + batch * sq_b + head * sq_h
-        grad_at = grad_out + batch * sg_b + head * sg_h
-        row_at = (batch * heads + head) * q_len
-        bias_keys = bias
-        if bias is not None:
-            bias_keys = bias + batch * sb_b + head * sb_h + (key0 + keys) * sb_k
-        tile_at = tile_bias
-        if tile_bias is not None:
-            tile_at = tile_bias + batch * st_b + head * st_h
-        stream = 0
-        if seed is not None:
-            stream = dropout_stream(seed, batch * heads + head)
-        # fmt: off
-        dk, dv = collect_columns(
-            dk, dv, k_tile, v_tile, q_at, grad_at, lse2 + row_at, delta + row_at, start, full_end, entry,
-            others, mask_ids, masks, edges, keys_allowed, bias_keys, tile_at, stream, key0 + keys,
-            key_in_tile, keys_ok, sq_n, sg_n, sb_q, q_len, scale2, keep_scale, threshold, False,
-            padding is not None, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, M, N, PRECISION,
-        )
-        if PARTIAL:
-            dk, dv = collect_columns(
-                dk, dv, k_tile, v_tile, q_at, grad_at, lse2 + row_at, delta + row_at, full_end, end,
-                partial_entry, others, mask_ids, masks, edges, keys_allowed, bias_keys, tile_at, stream,
-                key0 + keys, key_in_tile, keys_ok, sq_n, sg_n, sb_q, q_len, scale2, keep_scale, threshold,
-                True, padding is not None, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, M, N, PRECISION,
-            )
-        # fmt: on
-    dk = dk * scale
-    dv = dv * keep_scale
-    at = ((batch * out_heads + out_head) * k_len + key0) * D
-    if part_dk is None:
-        store_tile(dk_out + at, keys, D, dims, keys_ok, dk, D, BLOCK_D)
-        store_tile(dv_out + at, keys, D, dims, keys_ok, dv, D, BLOCK_D)
-    else:
-        slot = tl.load(items + 4 * item_count + item)
-        if slot >= 0:
-            at = ((slot.to(tl.int64) * reps + rep) * BLOCK_K + key_in_tile) * D
-            store_tile(part_dk + at, keys, D, dims, keys_ok, dk, D, BLOCK_D)
-            store_tile(part_dv + at, keys, D, dims, keys_ok, dv, D, BLOCK_D)
-        else:
-            store_tile(dk_out + at, keys, D, dims, keys_ok, dk, D, BLOCK_D)
-            store_tile(dv_out + at, keys, D, dims, keys_ok, dv, D, BLOCK_D)
-
-
-# fmt: off
-@triton.jit
-def collect_rows(
-    dq, q_tile, grad_tile, row_lse, row_delta, k, v, first, last, block, others, mask_ids, masks, edges,
-    padding, bias_rows, bias_grad_rows, tile_bias, tile_grad, tile_grad_step, hashes, query, queries_ok,
-    sk_n, sv_n, sb_k, k_len, scale, keep_scale, threshold,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
-):
-    # fmt: on
-    """Add entries first … last of a row to dq; store the bias gradients of these tiles, which it owns."""
-    steps: tl.constexpr = BLOCK_K // N
-    check: tl.constexpr = MASKED or padding is not None
-    keys = tl.arange(0, N)
-    dims = tl.arange(0, BLOCK_D)
-    for step in range(first * steps, last * steps):
-        entry = step // steps
-        key_in_tile = (step % steps) * N
-        key0 = block * BLOCK_K + key_in_tile
-        block = tl.load(others + tl.minimum((step + 1) // steps, last - 1))
-        key_ok = keys >= 0
-        if MASKED:
-            key_ok = key0 + keys < k_len
-        if padding is not None:
-            key_ok = key_ok & (tl.load(padding + key0 + keys, mask=key_ok, other=1) == 0)
-        k_tile = load_tile(k + key0.to(tl.int64) * sk_n, keys, sk_n, dims, key_ok, D, BLOCK_D, check)
-        v_tile = load_tile(v + key0.to(tl.int64) * sv_n, keys, sv_n, dims, key_ok, D, BLOCK_D, check)
-        edge = entry
-        if edges is not None:
-            edge = tl.load(edges + entry)
-        s = product(q_tile, tl.trans(k_tile), None, PRECISION) * scale
-        if bias_rows is not None:
-            bias_at = bias_rows[:, None] + (key0 + keys).to(tl.int64)[None, :] * sb_k
-            if check:
-                bias_tile = tl.load(bias_at, mask=queries_ok[:, None] & key_ok[None, :], other=0.0)
-            else:
-                bias_tile = tl.load(bias_at)
-            s += bias_tile.to(tl.float32) * LOG2E
-        if tile_bias is not None:
-            s += tl.load(tile_bias + edge) * LOG2E
-        p = tl.exp2(s - row_lse[:, None])
-        if MASKED:
-            mask_id = tl.load(mask_ids + entry)
-            p = tl.where(
-                allowed_pairs(masks, mask_id, query, key_in_tile, keys, BLOCK_Q, BLOCK_K, N, False), p, 0.0
-            )
-        if padding is not None:
-            p = tl.where(key_ok[None, :], p, 0.0)
-        dp = product(grad_tile, tl.trans(v_tile), None, PRECISION)
-        if DROPOUT:
-            keep = dropout_keep(hashes[:, None], (key0 + keys)[None, :], threshold)
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-        ds = p * (dp - row_delta[:, None])
-        if tile_grad is not None:
-            tl.store(tile_grad + (step % steps) * tile_grad_step + edge, tl.sum(tl.sum(ds, 1), 0))
-        if bias_grad_rows is not None:
-            bias_grad_at = bias_grad_rows[:, None] + (key0 + keys)[None, :]
-            if check:
-                tl.store(bias_grad_at, ds, mask=queries_ok[:, None] & key_ok[None, :])
-            else:
-                tl.store(bias_grad_at, ds)
-        dq = product(ds.to(k_tile.dtype), k_tile, dq, PRECISION)
-    return dq
-
-
-# fmt: off
-@triton.jit(do_not_specialize=COUNTS)
-def rows_kernel(
-    q, k, v, out, lse, grad_out, grad_lse, lse2, delta, dq_out, part_dq, items, others, mask_ids, masks,
-    edges, padding, bias, bias_grad, tile_bias, tile_grad, seed, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n,
-    sv_b, sv_h, sv_n, so_b, so_h, so_n, sg_b, sg_h, sg_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h,
-    stg_b, stg_h, tile_grad_step, item_count, first_count, reps, heads, layout_heads, group, q_len, k_len,
-    q_blocks, scale, scale2, keep_scale, threshold,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, BATCH_SHARED: tl.constexpr, HEADS_SHARED: tl.constexpr, PARTIAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    # fmt: on
-    """dQ of M queries of one work item, with the gradients of the biases of its tiles.
-
-    Stores ``lse2`` and ``delta``, fp32 ``[B, H, Nq]``, of these queries; the items of a split row all store
-    the same numbers.
-    """
-    subs: tl.constexpr = BLOCK_Q // M
-    program = tl.program_id(0)
-    item, rep = work_of(program // subs, item_count, first_count, reps)
-    row, start, full_end, end, entry = item_of(items, item, item_count)
-    if row < 0:
-        return
-    batch, head, block = place(row, rep, heads, layout_heads, q_blocks, BATCH_SHARED, HEADS_SHARED)
-
-    first_query = (program % subs) * M
-    queries = tl.arange(0, M)
-    dims = tl.arange(0, BLOCK_D)
-    query0 = block * BLOCK_Q + first_query
-    queries_ok = query0 + queries < q_len
-    q_at = q + batch * sq_b + head * sq_h + query0 * sq_n
-    grad_at = grad_out + batch * sg_b + head * sg_h + query0 * sg_n
-    q_tile = load_tile(q_at, queries, sq_n, dims, queries_ok, D, BLOCK_D, True)
-    grad_tile = load_tile(grad_at, queries, sg_n, dims, queries_ok, D, BLOCK_D, True)
-    out_at = out + batch * so_b + head * so_h + query0 * so_n
-    out_tile = load_tile(out_at, queries, so_n, dims, queries_ok, D, BLOCK_D, True)
-    row_at = (batch * heads + head) * q_len + query0
-    row_lse = tl.load(lse + row_at + queries, mask=queries_ok, other=float("-inf"))
-    if grad_lse is not None:
-        grad_lse = grad_lse + row_at + queries
-    row_lse, row_delta = row_statistics(grad_tile, out_tile, row_lse, grad_lse, queries_ok)
-    tl.store(lse2 + row_at + queries, row_lse, mask=queries_ok)
-    tl.store(delta + row_at + queries, row_delta, mask=queries_ok)
-    kv_head = head // group
-    k += batch * sk_b + kv_head * sk_h
-    v += batch * sv_b + kv_head * sv_h
-    if padding is not None:
-        padding += batch * sp_b
-    if bias is not None:
-        bias = bias + batch * sb_b + head * sb_h + (query0 + queries) * sb_q
-    if bias_grad is not None:
-        bias_grad = bias_grad + (row_at + queries) * k_len
-    if tile_bias is not None:
-        tile_bias += batch * st_b + head * st_h
-    if tile_grad is not None:
-        part: tl.constexpr = BLOCK_K // N
-        tile_grad += (program % subs).to(tl.int64) * part * tile_grad_step + batch * stg_b + head * stg_h
-    hashes = 0
-    if seed is not None:
-        hashes = dropout_row(dropout_stream(seed, batch * heads + head), query0 + queries)
-
-    dq = tl.zeros((M, BLOCK_D), tl.float32)
-    # fmt: off
-    dq = collect_rows(
-        dq, q_tile, grad_tile, row_lse, row_delta, k, v, start, full_end, entry, others, mask_ids, masks,
-        edges, padding, bias, bias_grad, tile_bias, tile_grad, tile_grad_step, hashes, first_query + queries,
-        queries_ok, sk_n, sv_n, sb_k, k_len, scale2, keep_scale, threshold, False, seed is not None, D,
-        BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
+    row_subs: tl.constexpr = BLOCK_Q // ROWS_M
+    column_subs: tl.constexpr = BLOCK_K // COLUMNS_N
+    row_rest = row_item_count - row_first_count
+    column_rest = column_item_count - column_first_count
+    family, is_row, long, index = turn_of(
+        tl.program_id(0),
+        row_first_count * row_subs * HEADS_A_PROGRAM,
+        row_rest * row_subs * HEADS_A_PROGRAM,
+        column_first_count * column_subs,
+        column_rest * column_subs,
+        reps,
     )
-    if PARTIAL:
-        entry = first_block(others, start, full_end, end, entry)
-        dq = collect_rows(
-            dq, q_tile, grad_tile, row_lse, row_delta, k, v, full_end, end, entry, others, mask_ids, masks,
-            edges, padding, bias, bias_grad, tile_bias, tile_grad, tile_grad_step, hashes,
-            first_query + queries, queries_ok, sk_n, sv_n, sb_k, k_len, scale2, keep_scale, threshold, True,
-            seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
-        )
-    # fmt: on
-    dq = dq * scale
-    if part_dq is None:
-        store_tile(dq_out + row_at * D, queries, D, dims, queries_ok, dq, D, BLOCK_D)
+    # fmt: off
+    if is_row:
+        of_head = tl.where(long, row_first_count, row_rest)
+        place_of = index // row_subs
+        item = place_of % of_head + tl.where(long, 0, row_first_count)
+        rep = family * HEADS_A_PROGRAM + place_of // of_head
+        row, start, full_end, end, entry = item_of(row_items, item, row_item_count)
+        if row >= 0:
+            rows_body(
+                item, index % row_subs, rep, row, start, full_end, end, entry, q, k, v, grad_out, lse2, delta,
+                dq_out, part_dq, row_items, row_others, row_mask_ids, masks, row_edges, padding, bias,
+                bias_grad, tile_bias, tile_grad, seed, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
+                sg_b, sg_h, sg_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h, stg_b, stg_h, tile_grad_step,
+                row_item_count, reps * HEADS_A_PROGRAM, heads, layout_heads, group, q_len, k_len, q_blocks,
+                scale, scale2, keep_scale, threshold, D, BLOCK_D, BLOCK_Q, BLOCK_K, ROWS_M, ROWS_N,
+                BATCH_SHARED, HEADS_SHARED, PARTIAL, PRECISION,
+            )
     else:
-        slot = tl.load(items + 4 * item_count + item)
-        if slot >= 0:
-            at = ((slot.to(tl.int64) * reps + rep) * BLOCK_Q + first_query) * D
-            store_tile(part_dq + at, queries, D, dims, queries_ok, dq, D, BLOCK_D)
-        else:
-            store_tile(dq_out + row_at * D, queries, D, dims, queries_ok, dq, D, BLOCK_D)
+        item = index // column_subs + tl.where(long, 0, column_first_count)
+        row, start, full_end, end, entry = item_of(column_items, item, column_item_count)
+        if row >= 0:
+            columns_body(
+                item, index % column_subs, family, row, start, full_end, end, entry, q, k, v, grad_out, lse2,
+                delta, dk_out, dv_out, part_dk, part_dv, column_items, column_others, column_mask_ids, masks,
+                column_edges, padding, bias, tile_bias, seed, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h,
+                sv_n, sg_b, sg_h, sg_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h, column_item_count, reps,
+                heads, layout_heads, group, q_len, k_len, k_blocks, scale, scale2, keep_scale, threshold,
+                D, BLOCK_D, BLOCK_Q, BLOCK_K, COLUMNS_M, COLUMNS_N, HEADS_A_PROGRAM, BATCH_SHARED,
+                HEADS_SHARED, PARTIAL, PRECISION,
+            )
+    # fmt: on
 
 
 # fmt: off

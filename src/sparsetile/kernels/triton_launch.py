@@ -15,13 +15,14 @@ from sparsetile.kernels.request import Request
 from sparsetile.kernels.triton_config import (
     ITEM_TOKENS,
     ITEMS_PER_PROCESSOR,
-    Kernel,
+    Pair,
     Target,
     Tiles,
     Work,
+    backward_tiles,
     chunk_override,
+    forward_tiles,
     padded_dim,
-    tiles_for,
 )
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.schedule import Direction, Schedule, chunk_for, schedule
@@ -29,6 +30,7 @@ from sparsetile.layout.schedule import Direction, Schedule, chunk_for, schedule
 _LOG2E = 1.4426950408889634
 _SMALLEST = 2.0**-126  # a scale of 0, such that −inf times it stays −inf
 _SHORT_BLOCK = 32  # tokens a program of the kernels that only combine parts
+_SHORT_ROW = 2  # tiles a row, on average, up to which a row counts as short
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,10 @@ def _common(
     k: Tensor,
     v: Tensor,
     request: Request,
-    plan: Schedule,
     owners: _Owners,
-    tiles: Tiles,
     target: Target,
 ) -> dict[str, Any]:
-    """Arguments that all three passes over the tiles take."""
+    """Arguments that forward and backward take; backward takes the ``owners`` of its columns."""
     layout = request.layout
     padding, bias, tile_bias, seed = features_of(request)
     dim = q.shape[-1]
@@ -124,11 +124,7 @@ def _common(
         "q": q,
         "k": k,
         "v": v,
-        "items": plan.items,
-        "others": plan.others,
-        "mask_ids": plan.mask_ids,
         "masks": layout.masks,
-        "edges": plan.edges if plan.edges.numel() and tile_bias is not None else None,
         "padding": padding,
         "bias": bias,
         "tile_bias": tile_bias,
@@ -139,8 +135,6 @@ def _common(
         **_strides("p", padding, "b"),
         **_strides("b", bias, "bhqk"),
         **_strides("t", tile_bias, "bh"),
-        "item_count": plan.items.shape[1],
-        "first_count": plan.long_items,
         "reps": owners.reps,
         "heads": q.shape[1],
         "layout_heads": layout.heads,
@@ -153,25 +147,35 @@ def _common(
         "BLOCK_D": padded_dim(dim),
         "BLOCK_Q": layout.block_q,
         "BLOCK_K": layout.block_k,
-        "M": tiles.queries,
-        "N": tiles.keys,
         "BATCH_SHARED": owners.batch_shared,
         "HEADS_SHARED": owners.heads_shared,
-        "PARTIAL": plan.partial,
+        "PARTIAL": layout.masks.shape[0] > 0,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 and target.family != "amd" else "ieee",
     }
 
 
-def _tiles(kernel: Kernel, q: Tensor, request: Request, target: Target) -> Tiles:
+def _walked(plan: Schedule, request: Request, side: str = "") -> dict[str, Any]:
+    """A schedule as a kernel takes it; ``side`` begins the names."""
+    return {
+        f"{side}items": plan.items,
+        f"{side}others": plan.others,
+        f"{side}mask_ids": plan.mask_ids,
+        f"{side}edges": plan.edges if plan.edges.numel() and request.tile_bias is not None else None,
+        f"{side}item_count": plan.items.shape[1],
+        f"{side}first_count": plan.long_items,
+    }
+
+
+def _work(request: Request) -> Work:
     layout = request.layout
-    featured = request.dropout_p > 0 or any(
+    if request.dropout_p > 0 or any(
         x is not None for x in (request.key_padding_mask, request.attn_bias, request.tile_bias)
-    )
-    work: Work = "featured" if featured else "partial" if layout.masks.shape[0] else "whole"
-    return tiles_for(kernel, target, q.element_size(), q.shape[-1], layout.block_q, layout.block_k, work)
+    ):
+        return "featured"
+    return "partial" if layout.masks.shape[0] else "whole"
 
 
-def _options(tiles: Tiles) -> dict[str, int]:
+def _options(tiles: Tiles | Pair) -> dict[str, int]:
     return {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
 
@@ -182,12 +186,16 @@ def forward_launches(
     layout = request.layout
     owners = _Owners.of(layout, q.shape[0], q.shape[1])
     plan = _scheduled(layout, "rows", owners, target)
-    tiles = _tiles("forward", q, request, target)
+    blocks = layout.block_q, layout.block_k
+    tiles = forward_tiles(target, q.element_size(), q.shape[-1], *blocks, _work(request))
     rows = plan.slots * owners.reps * layout.block_q
     part_out = q.new_empty((rows, q.shape[-1]), dtype=torch.float32) if rows else None
     part_lse = q.new_empty(rows, dtype=torch.float32) if rows else None
     arguments = {
-        **_common(q, k, v, request, plan, owners, tiles, target),
+        **_common(q, k, v, request, owners, target),
+        **_walked(plan, request),
+        "M": tiles.queries,
+        "N": tiles.keys,
         "out": out,
         "lse": lse,
         "part_out": part_out,
@@ -250,7 +258,7 @@ def _combining(
 
 
 def heads_a_program(k: Tensor, q: Tensor, layout: BlockLayout, target: Target) -> int:
-    """Query heads that one program of the column pass sums over.
+    """Query heads that one column program of backward sums over.
 
     The whole group of a key head, if the heads share their columns and that leaves every multiprocessor
     work; else one, and the sum over the group is taken afterwards.
@@ -261,67 +269,45 @@ def heads_a_program(k: Tensor, q: Tensor, layout: BlockLayout, target: Target) -
     return group
 
 
-def columns_launches(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grad_out: Tensor,
-    lse2: Tensor,
-    delta: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    request: Request,
-    target: Target,
-) -> list[Launch]:
-    """Launches that fill contiguous ``dk`` and ``dv`` ``[B, H // p, Nk, D]``, p from ``heads_a_program``."""
+def _backward_tiles(q: Tensor, request: Request, target: Target) -> Pair:
     layout = request.layout
-    out_heads, dim = dk.shape[1], q.shape[-1]
-    owners = _Owners.of(layout, q.shape[0], out_heads)
-    plan = _scheduled(layout, "columns", owners, target)
-    tiles = _tiles("columns", q, request, target)
-    rows = plan.slots * owners.reps * layout.block_k
-    parts = [q.new_empty((rows, dim), dtype=torch.float32) if rows else None for _ in range(2)]
-    arguments = {
-        **_common(q, k, v, request, plan, owners, tiles, target),
-        "grad_out": grad_out,
-        "lse2": lse2,
-        "delta": delta,
-        "dk_out": dk,
-        "dv_out": dv,
-        "part_dk": parts[0],
-        "part_dv": parts[1],
-        **_strides("g", grad_out, "bhn"),
-        "k_blocks": layout.k_blocks,
-        "scale": float(request.scale),
-        "scale2": request.scale * _LOG2E,
-        "HEADS_A_PROGRAM": q.shape[1] // out_heads,
-    }
-    programs = plan.items.shape[1] * owners.reps * (layout.block_k // tiles.keys)
-    launches = [Launch(triton_backward.columns_kernel, programs, arguments, _options(tiles))]
-    if rows:
-        sizes = {
-            "heads": out_heads,
-            "length": layout.k_len,
-            "blocks": layout.k_blocks,
-            "BLOCK": layout.block_k,
-        }
-        for name, part, out in (("dk", parts[0], dk), ("dv", parts[1], dv)):
-            tensors = {"parts": part, "out": out}
-            names = {"parts": f"part_{name}", "out": f"{name}_out"}
-            launches.append(
-                _combining(triton_backward.sum_kernel, tensors, sizes, plan, owners, layout, dim, names)
-            )
-    return launches
+    short = layout.capacity <= _SHORT_ROW * (layout.indptr.numel() - 1)
+    sizes = q.element_size(), q.shape[-1], layout.block_q, layout.block_k
+    return backward_tiles(target, *sizes, _work(request), short=short)
 
 
 def tile_grad_parts(q: Tensor, request: Request, target: Target) -> int:
-    """Parts in which the row pass computes a tile's gradient: compute tiles in a layout tile."""
-    layout = request.layout
-    tiles = _tiles("rows", q, request, target)
-    return (layout.block_q // tiles.queries) * (layout.block_k // tiles.keys)
+    """Parts in which backward computes a tile's gradient: compute tiles of its rows in a layout tile."""
+    queries, keys = _backward_tiles(q, request, target).rows
+    return (request.layout.block_q // queries) * (request.layout.block_k // keys)
 
 
-def rows_launches(
+def delta_launch(
+    grad_out: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None, lse2: Tensor, delta: Tensor
+) -> Launch:
+    """The launch that fills ``lse2`` and ``delta``, fp32 ``[B, H, Nq]``; the LSEs are contiguous fp32."""
+    batch, heads, q_len, dim = out.shape
+    height = 64 if dim <= 128 else 32
+    arguments = {
+        "grad_out": grad_out,
+        "out": out,
+        "lse": lse,
+        "grad_lse": grad_lse,
+        "lse2": lse2,
+        "delta": delta,
+        **_strides("g", grad_out, "bhn"),
+        **_strides("o", out, "bhn"),
+        "heads": heads,
+        "q_len": q_len,
+        "D": dim,
+        "BLOCK_D": padded_dim(dim),
+        "M": height,
+    }
+    programs = batch * heads * -(-q_len // height)
+    return Launch(triton_backward.delta_kernel, programs, arguments, {"num_warps": 4, "num_stages": 2})
+
+
+def backward_launches(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -329,58 +315,85 @@ def rows_launches(
     lse: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    lse2: Tensor,
-    delta: Tensor,
     dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
     tile_grad: Tensor | None,
     bias_grad: Tensor | None,
     request: Request,
     target: Target,
 ) -> list[Launch]:
-    """Launches that fill ``dq`` (contiguous), ``tile_grad``, ``bias_grad`` and what the column pass reads,
-    ``lse2`` and ``delta``, fp32 ``[B, H, Nq]``.
+    """Launches that fill ``dq``, ``dk``, ``dv``, ``tile_grad`` and ``bias_grad``: δ, then all tiles, then the
+    sums of what was split.
 
-    ``lse`` and ``grad_lse`` are contiguous fp32. The biases' gradients come as fp32 zeros,
+    ``dq`` is contiguous, as are ``dk`` and ``dv`` ``[B, H // p, Nk, D]``, p from ``heads_a_program``; ``lse``
+    and ``grad_lse`` are contiguous fp32. The biases' gradients come as fp32 zeros,
     ``[tile_grad_parts, B or 1, H or 1, capacity]`` and ``[B, H, Nq, Nk]``.
     """
-    layout, dim = request.layout, q.shape[-1]
-    owners = _Owners.of(layout, q.shape[0], q.shape[1])
-    plan = _scheduled(layout, "rows", owners, target)
-    tiles = _tiles("rows", q, request, target)
-    rows = plan.slots * owners.reps * layout.block_q
-    part_dq = q.new_empty((rows, dim), dtype=torch.float32) if rows else None
+    layout, heads, dim = request.layout, q.shape[1], q.shape[-1]
+    out_heads = dk.shape[1]
+    row_owners = _Owners.of(layout, q.shape[0], heads)
+    column_owners = _Owners.of(layout, q.shape[0], out_heads)
+    rows = _scheduled(layout, "rows", row_owners, target)
+    columns = _scheduled(layout, "columns", column_owners, target)
+    tiles = _backward_tiles(q, request, target)
+    lse2, delta = (torch.empty_like(lse) for _ in range(2))
+    row_slots = rows.slots * row_owners.reps * layout.block_q
+    column_slots = columns.slots * column_owners.reps * layout.block_k
+    part_dq, part_dk, part_dv = (
+        q.new_empty((slots, dim), dtype=torch.float32) if slots else None
+        for slots in (row_slots, column_slots, column_slots)
+    )
     arguments = {
-        **_common(q, k, v, request, plan, owners, tiles, target),
-        "out": out,
-        "lse": lse,
+        **_common(q, k, v, request, column_owners, target),
+        **_walked(rows, request, "row_"),
+        **_walked(columns, request, "column_"),
         "grad_out": grad_out,
-        "grad_lse": grad_lse,
         "lse2": lse2,
         "delta": delta,
         "dq_out": dq,
+        "dk_out": dk,
+        "dv_out": dv,
         "part_dq": part_dq,
+        "part_dk": part_dk,
+        "part_dv": part_dv,
         "bias_grad": bias_grad,
         "tile_grad": tile_grad,
-        **_strides("o", out, "bhn"),
         **_strides("g", grad_out, "bhn"),
         **_strides("tg", None if tile_grad is None else tile_grad[0], "bh"),
         "tile_grad_step": 0 if tile_grad is None else tile_grad[0].numel(),
         "q_blocks": layout.q_blocks,
+        "k_blocks": layout.k_blocks,
         "scale": float(request.scale),
         "scale2": request.scale * _LOG2E,
+        "ROWS_M": tiles.rows[0],
+        "ROWS_N": tiles.rows[1],
+        "COLUMNS_M": tiles.columns[0],
+        "COLUMNS_N": tiles.columns[1],
+        "HEADS_A_PROGRAM": heads // out_heads,
     }
-    programs = plan.items.shape[1] * owners.reps * (layout.block_q // tiles.queries)
-    launches = [Launch(triton_backward.rows_kernel, programs, arguments, _options(tiles))]
-    if part_dq is not None:
-        sizes = {
-            "heads": q.shape[1],
-            "length": layout.q_len,
-            "blocks": layout.q_blocks,
-            "BLOCK": layout.block_q,
-        }
-        tensors = {"parts": part_dq, "out": dq}
-        names = {"parts": "part_dq", "out": "dq_out"}
-        launches.append(
-            _combining(triton_backward.sum_kernel, tensors, sizes, plan, owners, layout, dim, names)
-        )
+    programs = rows.items.shape[1] * row_owners.reps * (layout.block_q // tiles.rows[0])
+    programs += columns.items.shape[1] * column_owners.reps * (layout.block_k // tiles.columns[1])
+    launches = [
+        delta_launch(grad_out, out, lse, grad_lse, lse2, delta),
+        Launch(triton_backward.backward_kernel, programs, arguments, _options(tiles)),
+    ]
+    of_rows = {"heads": heads, "length": layout.q_len, "blocks": layout.q_blocks, "BLOCK": layout.block_q}
+    of_columns = {
+        "heads": out_heads,
+        "length": layout.k_len,
+        "blocks": layout.k_blocks,
+        "BLOCK": layout.block_k,
+    }
+    for name, part, into, sizes, plan, owners in (
+        ("dq", part_dq, dq, of_rows, rows, row_owners),
+        ("dk", part_dk, dk, of_columns, columns, column_owners),
+        ("dv", part_dv, dv, of_columns, columns, column_owners),
+    ):
+        if part is not None:
+            tensors = {"parts": part, "out": into}
+            names = {"parts": f"part_{name}", "out": f"{name}_out"}
+            launches.append(
+                _combining(triton_backward.sum_kernel, tensors, sizes, plan, owners, layout, dim, names)
+            )
     return launches

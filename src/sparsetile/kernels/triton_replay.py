@@ -23,7 +23,10 @@ _MOST = 64
 """Kinds of calls that one layout keeps."""
 
 _ALIGNMENT = 256
-_OF_LAYOUT = frozenset(("items", "others", "mask_ids", "masks", "edges", "splits"))
+_OF_SCHEDULE = ("items", "others", "mask_ids", "edges")
+_OF_LAYOUT = frozenset(
+    ("masks", "splits", *(side + name for side in ("", "row_", "column_") for name in _OF_SCHEDULE))
+)
 _SCRATCH = frozenset(("part_out", "part_lse", "part_dk", "part_dv", "part_dq", "lse2", "delta"))
 
 
