@@ -126,7 +126,9 @@ def grid(
                     cases.append(Case(*shape))
                     continue
                 blocks = -(-length // block)
-                cases += [Case(*shape, max(1, round(density * blocks)), density) for density in densities]
+                # Two densities that come to the same tiles are one case.
+                budgets = {max(1, round(density * blocks)): density for density in reversed(densities)}
+                cases += [Case(*shape, tiles, asked) for tiles, asked in sorted(budgets.items())]
     return cases
 
 
