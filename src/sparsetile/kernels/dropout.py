@@ -34,7 +34,7 @@ def mix(x: Tensor) -> Tensor:
 
 
 def keep_mask(seed: Tensor, dropout_p: float, batch_head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Boolean tensor of the broadcast shape of ``batch_head`` (b·H + h), ``query`` and ``key`` (all int64)."""
+    """Bool, in the broadcast shape of ``batch_head`` (b·H + h), ``query`` and ``key`` (all int64)."""
     low = seed & _MASK
     high = (seed >> 32) & _MASK
     stream = mix(low ^ mix((high + batch_head) & _MASK))

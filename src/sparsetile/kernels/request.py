@@ -19,11 +19,12 @@ class Request:
         layout: the tiles to compute, on the device of q.
         scale: factor on q·k.
         dropout_p: in [0, 1). Dropout falls on the softmax weights after normalisation.
-        seed: int64 ``[1]`` tensor on the device of q; None iff ``dropout_p == 0``. See ``kernels/dropout.py``.
-        key_padding_mask: bool ``[B, Nk]``, True = ignore the key (whatever its k and v hold, NaN included).
-        attn_bias: ``[B or 1, H or 1, Nq, Nk]`` in q's dtype (or fp32), added to the scaled logits; −inf forbids.
-        tile_bias: fp32 (float64 for float64 inputs) ``[B or 1, H or 1, capacity]``: entry ``[b, h, e]`` is added to every
-            scaled logit of tile ``e`` (position in ``layout.indices``) for batch element b, query head h.
+        seed: int64 ``[1]`` on the device of q; None iff ``dropout_p == 0``. See ``kernels/dropout.py``.
+        key_padding_mask: bool ``[B, Nk]``, True = ignore the key, whatever its k and v hold, NaN included.
+        attn_bias: ``[B or 1, H or 1, Nq, Nk]`` in q's dtype or fp32, added to the scaled logits; −inf forbids.
+        tile_bias: fp32 (float64 for float64 inputs) ``[B or 1, H or 1, capacity]``: entry ``[b, h, e]`` is
+            added to every scaled logit of tile ``e`` (position in ``layout.indices``) for batch element b,
+            query head h.
     """
 
     layout: BlockLayout
@@ -36,7 +37,7 @@ class Request:
 
 
 class Gradients(NamedTuple):
-    """Gradients of one call; biases come in full ``[B, H, …]`` form and are summed to shape by the operator."""
+    """Gradients of one call; biases come in full ``[B, H, …]`` form, which the operator sums to shape."""
 
     q: Tensor
     k: Tensor
@@ -48,8 +49,8 @@ class Gradients(NamedTuple):
 class Backend(Protocol):
     """What every module of ``kernels/`` that computes attention offers.
 
-    Shapes: q, grad_out, out ``[B, H, Nq, D]``; k, v ``[B, Hkv, Nk, D]`` with H a multiple of Hkv (query head h
-    reads key head ``h // (H // Hkv)``); last dimension contiguous, other strides arbitrary.
+    Shapes: q, grad_out, out ``[B, H, Nq, D]``; k, v ``[B, Hkv, Nk, D]`` with H a multiple of Hkv (query head
+    h reads key head ``h // (H // Hkv)``); last dimension contiguous, other strides arbitrary.
     lse ``[B, H, Nq]``: natural log-sum-exp of the scaled and biased logits, fp32 (float64 for float64
     inputs). Rows without any key: out 0, lse −inf, zero gradient.
     """
@@ -75,6 +76,6 @@ class Backend(Protocol):
     ) -> Gradients:
         """Gradients of ``sum(out·grad_out) + sum(lse·grad_lse)``.
 
-        ``tile_bias_grad`` asks for ``[B if layout.batch == 1 else 1, H if layout.heads == 1 else 1, capacity]``
-        fp32; ``attn_bias_grad`` for ``[B, H, Nq, Nk]`` with zeros at pairs that the layout does not keep.
+        ``tile_bias_grad`` asks for fp32 ``[b, h, capacity]``, b being B if ``layout.batch`` is 1 and else 1, h
+        likewise; ``attn_bias_grad`` for ``[B, H, Nq, Nk]``, zero at pairs that the layout does not keep.
         """
