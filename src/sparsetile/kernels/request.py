@@ -21,7 +21,7 @@ class Request:
         dropout_p: in [0, 1). Dropout falls on the softmax weights after normalisation.
         seed: int64 ``[1]`` on the device of q; None iff ``dropout_p == 0``. See ``kernels/dropout.py``.
         key_padding_mask: bool ``[B, Nk]``, True = ignore the key, whatever its k and v hold, NaN included.
-        attn_bias: ``[B or 1, H or 1, Nq, Nk]`` in q's dtype or fp32, added to the scaled logits; −inf forbids.
+        attn_bias: ``[B or 1, H or 1, Nq, Nk]`` in q's dtype or fp32, added to the scaled logits.
         tile_bias: fp32 (float64 for float64 inputs) ``[B or 1, H or 1, capacity]``: entry ``[b, h, e]`` is
             added to every scaled logit of tile ``e`` (position in ``layout.indices``) for batch element b,
             query head h.
@@ -76,6 +76,6 @@ class Backend(Protocol):
     ) -> Gradients:
         """Gradients of ``sum(out·grad_out) + sum(lse·grad_lse)``.
 
-        ``tile_bias_grad`` asks for fp32 ``[b, h, capacity]``, b being B if ``layout.batch`` is 1 and else 1, h
+        ``tile_bias_grad`` asks for fp32 ``[b, h, capacity]``, b being B if ``layout.batch`` is 1, else 1, h
         likewise; ``attn_bias_grad`` for ``[B, H, Nq, Nk]``, zero at pairs that the layout does not keep.
         """
