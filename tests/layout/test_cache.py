@@ -8,6 +8,7 @@ import pytest
 
 from sparsetile.errors import LayoutError, PatternError
 from sparsetile.layout.cache import LayoutCache, cached_layout, layout_cache
+from sparsetile.layout.schedule import schedule
 from sparsetile.patterns import Causal, Documents, Local, Strided
 
 
@@ -44,6 +45,24 @@ def test_least_recently_used_goes_first():
     assert cache.get(Local(4), 5000) is not b
     stats = cache.stats()
     assert stats.layouts == 2 and stats.nbytes <= stats.max_bytes and stats.evictions == 2
+
+
+def test_schedules_that_kernels_derive_count_from_the_next_miss_on():
+    cache = LayoutCache(1 << 20)
+    layout = cache.get(Local(3), 5000)
+    before = cache.stats().nbytes
+    assert before == layout.nbytes
+    for direction in ("rows", "columns"):
+        schedule(layout, direction, 4)
+    assert layout.footprint > before
+    other = cache.get(Local(4), 5000)
+    assert cache.stats().nbytes == layout.footprint + other.footprint
+    tight = LayoutCache(layout.nbytes + 100)
+    kept = tight.get(Local(3), 5000)
+    schedule(kept, "rows", 4)
+    assert kept.footprint > tight.stats().max_bytes
+    tight.get(Local(3), 50)
+    assert tight.stats().evictions == 1 and tight.stats().nbytes <= tight.stats().max_bytes
 
 
 def test_what_is_too_large_is_not_kept():

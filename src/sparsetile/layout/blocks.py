@@ -341,6 +341,16 @@ class BlockLayout:
         """Bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors())
 
+    @property
+    def footprint(self) -> int:
+        """Bytes of all tensors, those of the schedules that kernels derived from them included."""
+        tensors = list(self.tensors())
+        for derived in tuple(self._memo.values()):
+            if hasattr(derived, "tensors"):
+                tensors += derived.tensors()
+        # A schedule may hold the layout's own tensors; without an address (meta) the object tells apart.
+        return sum({t.data_ptr() or id(t): t.nbytes for t in tensors}.values())
+
     def to(self, device: torch.device | str) -> BlockLayout:
         """This layout on ``device`` (itself, if it is there)."""
         device = torch.device(device)

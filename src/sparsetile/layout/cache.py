@@ -32,8 +32,9 @@ class CacheStats(NamedTuple):
 class LayoutCache:
     """Layouts by (pattern, lengths, block sizes, heads, device), least recently used out first.
 
-    The bound counts the bytes of the layouts' own tensors when they come in. A layout larger than the bound
-    is built and returned, not kept. Safe to use from several threads; two threads that miss the same layout
+    The bound counts the bytes of the layouts' tensors and of what was derived from them since (schedules),
+    as far as it was known at the last miss. A layout larger than the bound is built and returned, not kept.
+    Safe to use from several threads; two threads that miss the same layout
     at once both build it, and one of the two results is kept.
     """
 
@@ -49,6 +50,8 @@ class LayoutCache:
             )
         self._max_bytes = max_bytes
         self._kept: OrderedDict[_Name, tuple[BlockLayout, int]] = OrderedDict()
+        # Names used since the last miss: their schedules may have grown, and only theirs.
+        self._used: set[_Name] = set()
         self._lock = threading.Lock()
         self._nbytes = self._hits = self._misses = self._evictions = 0
 
@@ -76,20 +79,30 @@ class LayoutCache:
             found = self._kept.get(name)
             if found is not None:
                 self._kept.move_to_end(name)
+                self._used.add(name)
                 self._hits += 1
                 return found[0]
             self._misses += 1
         layout = BlockLayout.from_pattern(pattern, q_len, k_len, (block_q, block_k), place, heads)
-        size = layout.nbytes
         with self._lock:
-            if size <= self._max_bytes and name not in self._kept:
-                self._kept[name] = (layout, size)
-                self._nbytes += size
-                while self._nbytes > self._max_bytes:
-                    _, (_, freed) = self._kept.popitem(last=False)
-                    self._nbytes -= freed
-                    self._evictions += 1
+            for used in self._used & self._kept.keys():
+                self._weigh(used, self._kept[used][0])
+            self._used.clear()
+            if layout.footprint <= self._max_bytes and name not in self._kept:
+                self._weigh(name, layout)
+                self._used.add(name)
+            while self._nbytes > self._max_bytes:
+                _, (_, freed) = self._kept.popitem(last=False)
+                self._nbytes -= freed
+                self._evictions += 1
         return layout
+
+    def _weigh(self, name: _Name, layout: BlockLayout) -> None:
+        """Keep a layout under its present size; its place in the order stays."""
+        known = self._kept.get(name)
+        size = layout.footprint
+        self._kept[name] = (layout, size)
+        self._nbytes += size - (0 if known is None else known[1])
 
     def stats(self) -> CacheStats:
         with self._lock:
@@ -101,6 +114,7 @@ class LayoutCache:
         """Drops all layouts; counts stay."""
         with self._lock:
             self._kept.clear()
+            self._used.clear()
             self._nbytes = 0
 
 
