@@ -59,6 +59,22 @@ def test_compiles_without_graph_breaks(form):
         torch.testing.assert_close(got, want)
 
 
+def test_a_pattern_made_inside_a_compiled_function_is_told_to_stay_outside():
+    def run(q):
+        return st.sparse_attention(q, q, q, st.Local(5) | st.Global(2), is_causal=True, block_size=16)
+
+    with pytest.raises(Exception, match="a pattern made outside"):
+        torch.compile(run, fullgraph=True, backend="aot_eager")(inputs()[0])
+
+
+def test_a_pattern_from_outside_may_be_closed_over():
+    def run(q):
+        return st.sparse_attention(q, q, q, PATTERN, block_size=16)
+
+    q = inputs()[0]
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(q), run(q))
+
+
 def test_compiled_pattern_follows_the_length_without_a_layout_in_the_graph():
     compiled = torch.compile(run_pattern, fullgraph=True, backend="aot_eager", dynamic=True)
     for n in (33, 64, 50):

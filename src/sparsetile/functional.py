@@ -259,9 +259,20 @@ def _pattern_layout(
 
 def _pattern_text(pattern: Pattern, is_causal: bool) -> tuple[str, bool]:
     """What a compiled graph keeps of a pattern: its text and whether it differs by head."""
-    if is_causal:
-        pattern = pattern & Causal()
-    return repr(pattern), pattern.needs_heads
+    try:
+        if is_causal:
+            pattern = pattern & Causal()
+        return repr(pattern), pattern.needs_heads
+    except (AttributeError, TypeError):
+        # While it traces, the compiler hands over an object whose fields it has only noted down.
+        raise ArgumentError(
+            explain(
+                "pattern in a compiled function",
+                expected="a pattern made outside of it",
+                got="one made inside",
+                fix="Make the pattern before, and pass it in or close over it.",
+            )
+        ) from None
 
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler.
