@@ -23,7 +23,7 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 
 docs: .venv/.docs
-	$(BIN)/pdoc --docformat google --output-directory build/docs sparsetile '!sparsetile.kernels.triton_forward' '!sparsetile.kernels.triton_backward'
+	$(BIN)/pdoc --docformat google --output-directory build/docs sparsetile
 
 clean:
 	rm -rf .venv build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

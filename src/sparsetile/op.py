@@ -65,34 +65,24 @@ def attention(
 
     Either a layout, or the text of a pattern with geometry (q_len, k_len, block_q, block_k, batch, heads).
     """
-    if layout is not None and plain(q, k, v):
-        request = Request(
-            layout=layout,
-            scale=scale,
-            dropout_p=dropout_p,
-            seed=seed,
-            key_padding_mask=key_padding_mask,
-            attn_bias=attn_bias,
-            tile_bias=tile_bias,
-        )
+    features = (tile_bias, attn_bias, key_padding_mask, seed, scale, dropout_p)
+    call: tuple[Any, ...]
+    if layout is None:
+        call = ([], pattern, list(geometry), *features, backend)
+    elif plain(q, k, v):
+        request = _make_request(layout, *features)
         out, lse = _Attention.apply(q, k, v, tile_bias, attn_bias, request, backend)
         return out, lse
-    result = torch.ops.sparsetile.attention(
-        q,
-        k,
-        v,
-        [] if layout is None else list(layout.tensors()),
-        pattern,
-        list(geometry) if layout is None else _geometry(layout),
-        tile_bias,
-        attn_bias,
-        key_padding_mask,
-        seed,
-        scale,
-        dropout_p,
-        backend,
-    )
+    else:
+        call = _call(layout, features, backend)
+    result = torch.ops.sparsetile.attention(q, k, v, *call)
     return result[0], result[1]
+
+
+def _call(layout: BlockLayout, features: tuple[Any, ...], backend: str) -> tuple[Any, ...]:
+    """What the operators' schema calls ``_CALL``, for a layout; features from tile_bias to dropout_p."""
+    geometry = [layout.q_len, layout.k_len, layout.block_q, layout.block_k, layout.batch, layout.heads]
+    return (list(layout.tensors()), "", geometry, *features, backend)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -141,27 +131,10 @@ class _Attention(torch.autograd.Function):
         needs = ctx.needs_input_grad
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         if torch.is_grad_enabled():  # create_graph=True: the operator knows how to refuse a second derivative
-            layout = request.layout
+            settings = (request.key_padding_mask, request.seed, request.scale, request.dropout_p)
+            call = _call(request.layout, (tile_bias, attn_bias, *settings), ctx.backend)
             dq, dk, dv, d_tile, d_attn = torch.ops.sparsetile.attention_backward(
-                grad_out,
-                grad_lse,
-                q,
-                k,
-                v,
-                out,
-                lse,
-                list(layout.tensors()),
-                "",
-                _geometry(layout),
-                tile_bias,
-                attn_bias,
-                request.key_padding_mask,
-                request.seed,
-                request.scale,
-                request.dropout_p,
-                ctx.backend,
-                needs[3],
-                needs[4],
+                grad_out, grad_lse, q, k, v, out, lse, *call, needs[3], needs[4]
             )
         else:
             dq, dk, dv, d_tile, d_attn = _run_backward(
@@ -170,10 +143,6 @@ class _Attention(torch.autograd.Function):
         d_tile_bias = _sum_to_shape(d_tile, tile_bias) if needs[3] else None
         d_attn_bias = _sum_to_shape(d_attn, attn_bias) if needs[4] else None
         return dq, dk, dv, d_tile_bias, d_attn_bias, None, None
-
-
-def _geometry(layout: BlockLayout) -> list[int]:
-    return [layout.q_len, layout.k_len, layout.block_q, layout.block_k, layout.batch, layout.heads]
 
 
 def _layout(q: Tensor, tensors: Sequence[Tensor], pattern: str, geometry: Sequence[int]) -> BlockLayout:
@@ -194,11 +163,8 @@ def _layout(q: Tensor, tensors: Sequence[Tensor], pattern: str, geometry: Sequen
     )
 
 
-def _request(
-    q: Tensor,
-    tensors: Sequence[Tensor],
-    pattern: str,
-    geometry: Sequence[int],
+def _make_request(
+    layout: BlockLayout,
     tile_bias: Tensor | None,
     attn_bias: Tensor | None,
     key_padding_mask: Tensor | None,
@@ -207,7 +173,7 @@ def _request(
     dropout_p: float,
 ) -> Request:
     return Request(
-        layout=_layout(q, tensors, pattern, geometry),
+        layout=layout,
         scale=scale,
         dropout_p=dropout_p,
         seed=seed,
@@ -215,6 +181,12 @@ def _request(
         attn_bias=attn_bias,
         tile_bias=tile_bias,
     )
+
+
+def _request(
+    q: Tensor, tensors: Sequence[Tensor], pattern: str, geometry: Sequence[int], *features: Any
+) -> Request:
+    return _make_request(_layout(q, tensors, pattern, geometry), *features)
 
 
 def _unit_stride(x: Tensor) -> Tensor:

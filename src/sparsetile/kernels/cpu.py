@@ -13,11 +13,13 @@ import math
 import torch
 from torch import Tensor
 
-from sparsetile.kernels.cpu_backward import gradients
+from sparsetile.kernels.cpu_backward import backward
 from sparsetile.kernels.cpu_plan import Chunk, chunks, layout_plan
 from sparsetile.kernels.cpu_scores import LOG2_E, Scores
 from sparsetile.kernels.cpu_tiles import Tiles
-from sparsetile.kernels.request import Gradients, Request
+from sparsetile.kernels.request import Request
+
+__all__ = ["backward", "forward", "why_not"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -82,31 +84,3 @@ def _attend(scores: Scores, chunk: Chunk) -> tuple[Tensor, Tensor]:
     lse = (top + total.log2()) / LOG2_E
     out.div_(total.masked_fill(total == 0, 1))
     return out, lse
-
-
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    request: Request,
-    *,
-    tile_bias_grad: bool,
-    attn_bias_grad: bool,
-) -> Gradients:
-    """Gradients of ``sum(out·grad_out) + sum(lse·grad_lse)``; see ``Backend.backward``."""
-    return gradients(
-        grad_out,
-        grad_lse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        request,
-        tile_bias_grad=tile_bias_grad,
-        attn_bias_grad=attn_bias_grad,
-    )

@@ -203,7 +203,7 @@ class _Backward:
             dense.view(-1).index_add_(0, entries.flatten(), slopes.flatten().to(dense.dtype))
 
 
-def gradients(
+def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,

@@ -28,6 +28,12 @@ def _import_problem() -> str | None:
     return None
 
 
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> tuple[int, int]:
+    # Kept, because every call asks and PyTorch looks the device's properties up anew.
+    return torch.cuda.get_device_capability(device)
+
+
 def why_not(q: Tensor, k: Tensor, v: Tensor, request: Request) -> str | None:
     """None if this backend serves the call, else one sentence that says why not."""
     if q.dtype not in DTYPES:
@@ -47,7 +53,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, request: Request) -> str | None:
     if q.device.type != "cuda":
         return f"runs on NVIDIA and AMD GPUs, not on {q.device.type!r} devices"
     if torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(q.device)
+        capability = _capability(q.device)
         if capability < (8, 0):
             return f"needs compute capability 8.0 (Ampere) or newer, not {capability[0]}.{capability[1]}"
     return None
