@@ -1,0 +1,1 @@
+"""Modules: block-sparse attention as ``torch.nn`` building blocks."""
