@@ -253,8 +253,16 @@ def _pattern_layout(
     heads: int,
 ) -> BlockLayout:
     if is_causal:
-        pattern = pattern & Causal()
-    return cached_layout(pattern, q_len, k_len, blocks, device, heads if pattern.needs_heads else None)
+        pattern = _causal(pattern)
+    return cached_layout(pattern, q_len, k_len, blocks, device, heads)
+
+
+def _causal(pattern: Pattern) -> Pattern:
+    """``pattern & Causal()``, kept with the pattern: the same object at every call is found sooner."""
+    known: Pattern | None = pattern.__dict__.get("_causal_memo")
+    if known is None:
+        known = pattern.__dict__["_causal_memo"] = pattern & Causal()
+    return known
 
 
 def _pattern_text(pattern: Pattern, is_causal: bool) -> tuple[str, bool]:

@@ -71,8 +71,10 @@ def attention(
         call = ([], pattern, list(geometry), *features, backend)
     elif plain(q, k, v):
         request = _make_request(layout, *features)
-        out, lse = _Attention.apply(q, k, v, tile_bias, attn_bias, request, backend)
-        return out, lse
+        if _differentiable(q, k, v, tile_bias, attn_bias):
+            out, lse = _Attention.apply(q, k, v, tile_bias, attn_bias, request, backend)
+            return out, lse
+        return _run(q, k, v, request, backend)
     else:
         call = _call(layout, features, backend)
     result = torch.ops.sparsetile.attention(q, k, v, *call)
@@ -100,6 +102,13 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    """Whether autograd, or its forward mode, needs to hear of a function of these tensors."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 class _Attention(torch.autograd.Function):
