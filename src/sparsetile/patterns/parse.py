@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from sparsetile.errors import PatternError, explain
 from sparsetile.patterns.base import Pattern
+from sparsetile.patterns.branches import NotInBranches
 from sparsetile.patterns.fixed import Causal, Documents, Full, Global, Local, Random
 from sparsetile.patterns.lattice import Dilated, LogStrided, Strided
 
@@ -15,6 +16,8 @@ _KNOWN: dict[str, Callable[..., Pattern]] = {
     kind.__name__: kind
     for kind in (Causal, Dilated, Documents, Full, Global, Local, LogStrided, Random, Strided)
 }
+# Made inside the package alone; compiled graphs carry them as text too.
+_INNER: dict[str, Callable[..., Pattern]] = {NotInBranches.__name__: NotInBranches}
 _METHOD = "block_aligned"
 _LONGEST = 1 << 20
 
@@ -67,6 +70,8 @@ def _callee(node: ast.expr, text: str) -> Callable[..., Pattern]:
     if isinstance(node, ast.Name):
         if node.id in _KNOWN:
             return _KNOWN[node.id]
+        if node.id in _INNER:
+            return _INNER[node.id]
         raise _error(text, repr(node.id), _suggest(node.id, list(_KNOWN)) + _NAMES)
     if isinstance(node, ast.Attribute):
         if node.attr == _METHOD:
