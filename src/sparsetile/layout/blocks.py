@@ -158,7 +158,7 @@ class BlockLayout:
             )
         groups = heads if pattern.needs_heads and heads is not None else 1
         grid = Grid(q_len, k_len, block_q, block_k, k_len - q_len, groups)
-        rows = build.tiles_of(pattern.resolve(block_q, block_k, grid.offset), grid)
+        rows = build.tiles_of(pattern.resolve(block_q, block_k, grid.offset, k_len), grid)
         return cls._of(rows, q_len, k_len, block_q, block_k, heads=groups).to(device)
 
     @classmethod

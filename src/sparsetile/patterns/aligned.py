@@ -66,10 +66,11 @@ class BlockAligned(Pattern):
         sizes = "" if self.block_q is None else f"{self.block_q}, {self.block_k}, {self.offset}"
         return f"{inner}.block_aligned({sizes})"
 
-    def resolve(self, block_q: int, block_k: int, offset: int = 0) -> Pattern:
+    def resolve(self, block_q: int, block_k: int, offset: int = 0, k_len: int | None = None) -> Pattern:
         if self.block_q is None or self.block_k is None:
-            return BlockAligned(self.inner.resolve(block_q, block_k, offset), block_q, block_k, offset)
-        inner = self.inner.resolve(self.block_q, self.block_k, self.offset)
+            inner = self.inner.resolve(block_q, block_k, offset, k_len)
+            return BlockAligned(inner, block_q, block_k, offset)
+        inner = self.inner.resolve(self.block_q, self.block_k, self.offset, k_len)
         return BlockAligned(inner, self.block_q, self.block_k, self.offset)
 
     def lower(self) -> Pattern:

@@ -81,8 +81,20 @@ class Pattern:
     def children(self) -> tuple[Pattern, ...]:
         return ()
 
-    def resolve(self, block_q: int, block_k: int, offset: int = 0) -> Pattern:
-        """The same pattern with every ``unit="block"`` and ``block_aligned()`` replaced by numbers."""
+    def resolve(self, block_q: int, block_k: int, offset: int = 0, k_len: int | None = None) -> Pattern:
+        """The same pattern with everything that it takes from a layout replaced by numbers.
+
+        Those are ``unit="block"``, the tiles of ``block_aligned()``, and the blocks and number of key tiles
+        of a ``Budget`` (the one that needs ``k_len``).
+
+        Args:
+            block_q, block_k: tokens of the layout's tiles.
+            offset: position of the first query, ``k_len − q_len``.
+            k_len: keys. Patterns without a ``Budget`` do without it.
+
+        Raises:
+            PatternError: the tiles are not square, or ``k_len`` is missing, where the pattern needs them.
+        """
         return self
 
     def check(self, q_len: int, k_len: int, heads: int | None = None) -> None:
@@ -182,8 +194,8 @@ class Union(Pattern):
             out = out | part.allows(q, k, head)
         return out
 
-    def resolve(self, block_q: int, block_k: int, offset: int = 0) -> Pattern:
-        return Union.of(*(p.resolve(block_q, block_k, offset) for p in self.parts))
+    def resolve(self, block_q: int, block_k: int, offset: int = 0, k_len: int | None = None) -> Pattern:
+        return Union.of(*(p.resolve(block_q, block_k, offset, k_len) for p in self.parts))
 
     def lower(self) -> Pattern:
         return Union.of(*(p.lower() for p in self.parts))
@@ -233,8 +245,8 @@ class Intersection(Pattern):
             out = out & part.allows(q, k, head)
         return out
 
-    def resolve(self, block_q: int, block_k: int, offset: int = 0) -> Pattern:
-        return Intersection.of(*(p.resolve(block_q, block_k, offset) for p in self.parts))
+    def resolve(self, block_q: int, block_k: int, offset: int = 0, k_len: int | None = None) -> Pattern:
+        return Intersection.of(*(p.resolve(block_q, block_k, offset, k_len) for p in self.parts))
 
     def lower(self) -> Pattern:
         lowered = _flatten(Intersection, tuple(p.lower() for p in self.parts))

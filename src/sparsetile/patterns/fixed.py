@@ -261,7 +261,7 @@ class Random(Pattern):
     def needs_heads(self) -> bool:
         return self.by_head
 
-    def resolve(self, block_q: int, block_k: int, offset: int = 0) -> Pattern:
+    def resolve(self, block_q: int, block_k: int, offset: int = 0, k_len: int | None = None) -> Pattern:
         return replace(self, unit=resolved_unit(self, self.unit, block_q, block_k))
 
     @cached_property

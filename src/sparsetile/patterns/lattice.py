@@ -116,7 +116,7 @@ class Strided(Lattice):
     def needs_heads(self) -> bool:
         return self.head_shift != 0
 
-    def resolve(self, block_q: int, block_k: int, offset: int = 0) -> Pattern:
+    def resolve(self, block_q: int, block_k: int, offset: int = 0, k_len: int | None = None) -> Pattern:
         unit = resolved_unit(self, self.unit, block_q, block_k)
         self._divide(unit)
         return replace(self, unit=unit)
@@ -157,7 +157,7 @@ class LogStrided(Lattice):
         integer("LogStrided", "base", self.base, 2)
         check_unit("LogStrided", self.unit)
 
-    def resolve(self, block_q: int, block_k: int, offset: int = 0) -> Pattern:
+    def resolve(self, block_q: int, block_k: int, offset: int = 0, k_len: int | None = None) -> Pattern:
         return replace(self, unit=resolved_unit(self, self.unit, block_q, block_k))
 
     @cached_property
@@ -214,7 +214,7 @@ class Dilated(Pattern):
         integer("Dilated", "dilation_rate", self.dilation_rate, 1)
         check_unit("Dilated", self.unit)
 
-    def resolve(self, block_q: int, block_k: int, offset: int = 0) -> Pattern:
+    def resolve(self, block_q: int, block_k: int, offset: int = 0, k_len: int | None = None) -> Pattern:
         return replace(self, unit=resolved_unit(self, self.unit, block_q, block_k))
 
     def lower(self) -> Pattern:

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from sparsetile.errors import PatternError, explain
 from sparsetile.patterns.base import Pattern
 from sparsetile.patterns.branches import NotInBranches
+from sparsetile.patterns.budget import Budget
 from sparsetile.patterns.fixed import Causal, Documents, Full, Global, Local, Random
 from sparsetile.patterns.lattice import Dilated, LogStrided, Strided
 
 _KNOWN: dict[str, Callable[..., Pattern]] = {
     kind.__name__: kind
-    for kind in (Causal, Dilated, Documents, Full, Global, Local, LogStrided, Random, Strided)
+    for kind in (Budget, Causal, Dilated, Documents, Full, Global, Local, LogStrided, Random, Strided)
 }
 # Made inside the package alone; compiled graphs carry them as text too.
 _INNER: dict[str, Callable[..., Pattern]] = {NotInBranches.__name__: NotInBranches}
