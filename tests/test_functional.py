@@ -314,3 +314,13 @@ def test_second_derivative_raises():
     (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(BackendError, match="second derivative"):
         grad.sum().backward()
+
+
+def test_a_pattern_may_be_its_text():
+    q, k, v = inputs()
+    for causal in (False, True):
+        expected = st.sparse_attention(q, k, v, PATTERN, block_size=16, is_causal=causal)
+        out = st.sparse_attention(q, k, v, repr(PATTERN), block_size=16, is_causal=causal)
+        assert torch.equal(out, expected)
+    with pytest.raises(PatternError, match="Did you mean Local"):
+        st.sparse_attention(q, k, v, "Locl(3)")

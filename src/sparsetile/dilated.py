@@ -206,11 +206,14 @@ def _block(tokens: int) -> int:
 
 
 class Call(NamedTuple):
-    """One call of ``sparse_attention``: strips of the query and of key and value, and who attends whom."""
+    """One call of ``sparse_attention``: strips of the query and of key and value, and who attends whom.
+
+    The pattern is its text, since a compiler cannot pass on an object that was made while it traces.
+    """
 
     query: Strip
     key: Strip
-    pattern: Pattern
+    pattern: str
 
 
 def _calls(*arguments: Any) -> tuple[Call, ...]:
@@ -245,7 +248,7 @@ def _make_calls(
         for queries, keys, diagonal in _groups(branch, key_heads, divides and steady):
             strip = Strip(queries, branch.offsets[queries.start], branch.length, branch.rate, diagonal)
             pattern = _pattern(branch, earlier, queries, one_segment, is_causal)
-            calls.append(Call(strip, strip._replace(heads=keys), pattern))
+            calls.append(Call(strip, strip._replace(heads=keys), repr(pattern)))
     return tuple(calls)
 
 

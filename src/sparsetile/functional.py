@@ -32,7 +32,7 @@ def sparse_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pattern: Pattern | BlockLayout,
+    pattern: Pattern | str | BlockLayout,
     *,
     is_causal: bool = ...,
     scale: float | None = ...,
@@ -53,7 +53,7 @@ def sparse_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pattern: Pattern | BlockLayout,
+    pattern: Pattern | str | BlockLayout,
     *,
     is_causal: bool = ...,
     scale: float | None = ...,
@@ -73,7 +73,7 @@ def sparse_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pattern: Pattern | BlockLayout,
+    pattern: Pattern | str | BlockLayout,
     *,
     is_causal: bool = False,
     scale: float | None = None,
@@ -96,7 +96,8 @@ def sparse_attention(
     Args:
         query: ``[B, H, Nq, D]``; float16, bfloat16, float32, or (CPU and reference) float64.
         key, value: ``[B, Hkv, Nk, D]``; with ``enable_gqa`` H may be a multiple of Hkv.
-        pattern: a :class:`Pattern` (its layout is built once and cached), or a :class:`BlockLayout`.
+        pattern: a :class:`Pattern` (its layout is built once and cached), its text (what ``repr`` gives and
+            ``parse_pattern`` reads), or a :class:`BlockLayout`.
         is_causal: also forbid keys after the query (``pattern & Causal()``). With Nq ≠ Nk the last query
             stands at the last key. Not for a BlockLayout: build that from ``pattern & Causal()``.
         scale: factor on query·key; default ``1/√D``.
@@ -162,7 +163,7 @@ def sparse_attention(
                 )
             )
         check_layout(layout, query, k_len)
-    elif isinstance(pattern, Pattern):
+    elif isinstance(pattern, Pattern | str):
         block_q, block_k = checked_blocks(block_size)
         if not op.plain(query, key, value):
             text, by_head = _pattern_text(pattern, is_causal)
@@ -174,7 +175,7 @@ def sparse_attention(
         raise ArgumentError(
             explain(
                 "pattern",
-                expected="a sparsetile Pattern or BlockLayout",
+                expected="a sparsetile Pattern, its text, or a BlockLayout",
                 got=type(pattern).__name__,
                 fix="For a dense boolean mask use BlockLayout.from_dense_mask(mask).",
             )
@@ -244,7 +245,7 @@ def merge_attention(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _pattern_layout(
-    pattern: Pattern,
+    pattern: Pattern | str,
     is_causal: bool,
     q_len: int,
     k_len: int,
@@ -252,6 +253,8 @@ def _pattern_layout(
     device: torch.device,
     heads: int,
 ) -> BlockLayout:
+    if isinstance(pattern, str):
+        pattern = op.parsed(pattern)
     if is_causal:
         pattern = _causal(pattern)
     return cached_layout(pattern, q_len, k_len, blocks, device, heads)
@@ -265,8 +268,10 @@ def _causal(pattern: Pattern) -> Pattern:
     return known
 
 
-def _pattern_text(pattern: Pattern, is_causal: bool) -> tuple[str, bool]:
+def _pattern_text(pattern: Pattern | str, is_causal: bool) -> tuple[str, bool]:
     """What a compiled graph keeps of a pattern: its text and whether it differs by head."""
+    if isinstance(pattern, str):
+        pattern = op.parsed(pattern)
     try:
         if is_causal:
             pattern = pattern & Causal()

@@ -42,7 +42,8 @@ _LIBRARY.define(
 )
 
 
-_parse = lru_cache(maxsize=256)(parse_pattern)
+parsed = lru_cache(maxsize=256)(parse_pattern)
+"""``parse_pattern``, once for each text."""
 
 
 def attention(
@@ -157,9 +158,9 @@ class _Attention(torch.autograd.Function):
 def _layout(q: Tensor, tensors: Sequence[Tensor], pattern: str, geometry: Sequence[int]) -> BlockLayout:
     q_len, k_len, block_q, block_k, batch, heads = geometry
     if pattern:
-        parsed = _parse(pattern)
-        by_head = heads if parsed.needs_heads else None
-        return cached_layout(parsed, q_len, k_len, (block_q, block_k), q.device, by_head)
+        spelled = parsed(pattern)
+        by_head = heads if spelled.needs_heads else None
+        return cached_layout(spelled, q_len, k_len, (block_q, block_k), q.device, by_head)
     return BlockLayout(
         **LayoutTensors(*tensors)._asdict(),
         q_len=q_len,
