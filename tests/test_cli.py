@@ -25,6 +25,13 @@ def test_show_draws_and_describes(capsys):
     assert output.err == ""
 
 
+def test_show_draws_presets(capsys):
+    assert main(["show", "ultra_sparse", "--length", "64K", "--causal"]) == 0
+    assert "ultra_sparse, causal" in capsys.readouterr().out
+    assert main(["show", "adaptive_standard", "--length", "64K"]) == 2
+    assert "learns it" in capsys.readouterr().err
+
+
 def test_show_a_million_tokens(capsys):
     assert main(["show", "(Local(4096) | Global(128)) & Causal()", "--length", "1M"]) == 0
     assert "1,048,576 queries" in capsys.readouterr().out

@@ -1,9 +1,21 @@
 """Block-sparse attention for PyTorch, exact over the keys it keeps, forward and backward."""
 
 from sparsetile._version import __version__
+from sparsetile.distributed.config import DistributedSparseConfig
 from sparsetile.functional import merge_attention, sparse_attention
 from sparsetile.layout.blocks import BlockLayout
+from sparsetile.nn.adaptive import AdaptiveConfig
+from sparsetile.nn.attention import BlockSparseRingDilatedAttention
+from sparsetile.nn.convert import from_dense
+from sparsetile.nn.factory import (
+    create_adaptive_block_sparse,
+    create_block_sparse_attention,
+    create_multihead_block_sparse,
+)
+from sparsetile.nn.multihead import BlockSparseRingMultiheadDilatedAttention
+from sparsetile.nn.presets import get_block_sparse_preset
 from sparsetile.patterns import (
+    Budget,
     Causal,
     Dilated,
     Documents,
@@ -13,14 +25,20 @@ from sparsetile.patterns import (
     LogStrided,
     Pattern,
     Random,
+    SparsePatternConfig,
     Strided,
     parse_pattern,
 )
 
 __all__ = [
+    "AdaptiveConfig",
     "BlockLayout",
+    "BlockSparseRingDilatedAttention",
+    "BlockSparseRingMultiheadDilatedAttention",
+    "Budget",
     "Causal",
     "Dilated",
+    "DistributedSparseConfig",
     "Documents",
     "Full",
     "Global",
@@ -28,8 +46,14 @@ __all__ = [
     "LogStrided",
     "Pattern",
     "Random",
+    "SparsePatternConfig",
     "Strided",
     "__version__",
+    "create_adaptive_block_sparse",
+    "create_block_sparse_attention",
+    "create_multihead_block_sparse",
+    "from_dense",
+    "get_block_sparse_preset",
     "merge_attention",
     "parse_pattern",
     "sparse_attention",

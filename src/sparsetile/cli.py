@@ -35,6 +35,7 @@ _COMMANDS = {
         "  sparsetile show 'Local(2048) | Global(64)' --length 64K\n"
         "  sparsetile show 'Local(4096) | Global(128)' --length 1M --causal --png layout.png\n"
         "  sparsetile show 'LogStrided()' --length 8192 --block 64\n"
+        "  sparsetile show ultra_sparse --length 128K --causal\n"
         "  sparsetile show --run runs/train --head 1\n",
     ),
     "bench": (
@@ -164,7 +165,9 @@ def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
     from sparsetile.layout.blocks import BLOCK_SIZES
 
-    parser.add_argument("pattern", nargs="?", metavar="PATTERN", help="as 'Local(2048) | Global(64)'")
+    parser.add_argument(
+        "pattern", nargs="?", metavar="PATTERN", help="as 'Local(2048) | Global(64)', or a preset"
+    )
     parser.add_argument("--length", type=token_count, metavar="N", help="query tokens: 4096, 64K, 1M")
     parser.add_argument(
         "--run", dest="folder", metavar="DIR", help="draw what `train --out DIR` trained with"
@@ -270,6 +273,7 @@ def _take_run(options: argparse.Namespace) -> None:
 
 def _layout(options: argparse.Namespace) -> tuple[BlockLayout, str]:
     from sparsetile.layout.blocks import BlockLayout
+    from sparsetile.nn.presets import PRESETS
     from sparsetile.patterns import Causal, parse_pattern
 
     if not 0 <= options.head < options.heads:
@@ -281,10 +285,13 @@ def _layout(options: argparse.Namespace) -> tuple[BlockLayout, str]:
                 fix="Give --heads as many heads as the model has.",
             )
         )
-    pattern = parse_pattern(options.pattern)
-    title = options.pattern
-    if options.causal:
-        pattern, title = pattern & Causal(), f"{title}, causal"
+    title = f"{options.pattern}, causal" if options.causal else options.pattern
+    if options.pattern in PRESETS:
+        pattern = PRESETS[options.pattern].pattern_for(options.causal)
+    else:
+        pattern = parse_pattern(options.pattern)
+        if options.causal:
+            pattern = pattern & Causal()
     k_len = options.length if options.keys is None else options.keys
     layout = BlockLayout.from_pattern(
         pattern,

@@ -1,6 +1,8 @@
 """Patterns: which keys each query may attend, as values in tokens."""
 
 from sparsetile.patterns.base import Pattern
+from sparsetile.patterns.budget import Budget
+from sparsetile.patterns.config import SparsePatternConfig
 from sparsetile.patterns.fixed import (
     Causal,
     Documents,
@@ -13,6 +15,7 @@ from sparsetile.patterns.lattice import Dilated, LogStrided, Strided
 from sparsetile.patterns.parse import parse_pattern
 
 __all__ = [
+    "Budget",
     "Causal",
     "Dilated",
     "Documents",
@@ -22,6 +25,7 @@ __all__ = [
     "LogStrided",
     "Pattern",
     "Random",
+    "SparsePatternConfig",
     "Strided",
     "parse_pattern",
 ]
