@@ -79,7 +79,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
                 fix="B and D are shared by all three; key and value agree in every dimension.",
             )
         )
-    if min(batch, heads, q_len, head_dim, kv_heads, k_len) < 1:
+    # Not their min(): exported, that would tie a free size to the least of the others.
+    if any(size < 1 for size in (batch, heads, q_len, head_dim, kv_heads, k_len)):
         raise ArgumentError(
             explain(
                 "shapes",
