@@ -16,11 +16,11 @@ from sparsetile.layout.blocks import BlockLayout
 from sparsetile.nn.masks import Masks, MultiheadError, check_inputs, masks_of
 from sparsetile.nn.plan import Planned, SparsePlan
 from sparsetile.nn.weights import (
-    attention_weights,
     check_dense_size,
     check_form,
+    dense_weights,
     scaled_logits,
-    weights_of,
+    sparse_weights,
 )
 from sparsetile.patterns import Pattern
 from sparsetile.patterns.config import SparsePatternConfig
@@ -229,7 +229,7 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
         # Weights that are dropped out must be those that made the output, so they make it themselves.
         by_weights = form == "dense" and dropout > 0.0
         if form == "dense":
-            check_dense_size(q, k.shape[2] + (appended[0].shape[2] if appended else 0))
+            check_dense_size(q, k.shape[2] + (0 if appended is None else appended[0].shape[2]))
         elif form == "sparse" and appended is not None:
             raise ArgumentError(
                 explain(
@@ -243,33 +243,24 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
         out, lse = self._kept(q, k, v, pattern, masks, 0.0 if by_weights else dropout)
         if appended is not None:
             logits = scaled_logits(q, appended[0])
-            shares = F.dropout(logits.softmax(-1), 0.0 if by_weights else dropout)
-            out, lse = merge_attention(
-                (out, lse), (shares.to(out.dtype) @ appended[1], logits.logsumexp(-1).to(lse.dtype))
-            )
+            shares = F.dropout(logits.softmax(-1), 0.0 if by_weights else dropout).to(out.dtype)
+            out, lse = merge_attention((out, lse), (shares @ appended[1], logits.logsumexp(-1)))
+        options: dict[str, Any] = {
+            "key_padding_mask": masks.padding,
+            "attn_bias": masks.bias,
+            "block_size": self.plan.block_size,
+        }
         if form is None:
             return out, None
-        weights = attention_weights(
-            q,
-            k,
-            lse,
-            pattern,
-            weights=form,
-            average=average and not by_weights and appended is None,
-            key_padding_mask=masks.padding,
-            attn_bias=masks.bias,
-            block_size=self.plan.block_size,
-        )
-        if appended is not None:
-            weights = torch.cat((weights, weights_of(logits, lse).to(weights.dtype)), -1)
+        if form == "sparse":
+            return out, sparse_weights(q, k, lse, pattern, average=average, **options)
+        shares = dense_weights(q, k, pattern, appended=appended and appended[0], **options)
         if by_weights:
-            weights = F.dropout(weights, dropout)
+            shares = F.dropout(shares, dropout)
             if appended is not None:
                 v = torch.cat((v, appended[1].expand(len(v), -1, -1, -1)), 2)
-            out = weights @ v
-        if average and weights.dim() == 4:
-            weights = weights.mean(1)
-        return out, weights
+            out = shares @ v
+        return out, shares.mean(1) if average else shares
 
     def _kept(
         self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, masks: Masks, dropout: float

@@ -1,8 +1,8 @@
-"""Attention weights on request: dense, or block-sparse in the memory of the kept tiles.
+"""Attention weights on request: dense, with gradient, or block-sparse in the memory of the kept tiles.
 
-Both come from the log-sum-exp that the attention kernel returned: the weight of a kept pair is
-``exp(scale·q·k + bias − lse)``. So they are the weights of that very softmax, and gradients of dense weights
-flow into query and key through the logits and through the log-sum-exp.
+Sparse weights come from the log-sum-exp that the attention kernel returned: the weight of a kept pair is
+``exp(scale·q·k + bias − lse)``. Dense ones are a softmax of their own, because a gradient that goes partly
+through the logits and partly through the log-sum-exp loses what the softmax subtracts first.
 """
 
 from __future__ import annotations
@@ -79,27 +79,36 @@ def attention_weights(
     The other arguments, results and errors are theirs.
     """
     check_form(weights, True)
-    make = sparse_weights if weights == "sparse" else dense_weights
-    return make(
+    if weights == "sparse":
+        return sparse_weights(
+            query,
+            key,
+            lse,
+            pattern,
+            average=average,
+            scale=scale,
+            key_padding_mask=key_padding_mask,
+            attn_bias=attn_bias,
+            block_size=block_size,
+        )
+    dense = dense_weights(
         query,
         key,
-        lse,
         pattern,
-        average=average,
         scale=scale,
         key_padding_mask=key_padding_mask,
         attn_bias=attn_bias,
         block_size=block_size,
     )
+    return dense.mean(1) if average else dense
 
 
 def dense_weights(
     query: Tensor,
     key: Tensor,
-    lse: Tensor,
     pattern: Pattern,
     *,
-    average: bool = False,
+    appended: Tensor | None = None,
     scale: float | None = None,
     key_padding_mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
@@ -109,37 +118,38 @@ def dense_weights(
 
     Args:
         query, key: ``[B, H, Nq, D]``, ``[B, Hkv, Nk, D]`` with H a multiple of Hkv, as in the call.
-        lse: ``[B, H, Nq]``, what the call returned (or, with more keys merged, that of all of them).
         pattern: that of the call, with ``& Causal()`` if it was causal.
-        average: the mean over heads instead of each head's own.
+        appended: ``[1, H, n, D]`` further keys that every query attends.
         scale, key_padding_mask, attn_bias, block_size: as in the call.
 
     Returns:
-        ``[B, H, Nq, Nk]``, or ``[B, Nq, Nk]`` if ``average``, in query's dtype, differentiable; rows that
-        attend nothing are 0.
+        ``[B, H, Nq, Nk + n]`` in query's dtype, differentiable; rows that attend nothing are 0.
 
     Raises:
         ArgumentError: they would take more than :data:`DENSE_LIMIT` bytes.
     """
     heads, q_len, k_len = query.shape[1], query.shape[2], key.shape[2]
-    check_dense_size(query, k_len)
-    if not query.numel() or not k_len:
-        shape = (query.shape[0], q_len, k_len) if average else (*query.shape[:3], k_len)
-        return query.new_zeros(shape)
-    text, by_head = _pattern_text(pattern, False)
-    geometry = [q_len, k_len, block_size, heads if by_head else 1]
-    if op.plain(query, key, key):
-        kept = _written_out(pattern, geometry, query.device)
-    else:
-        kept = torch.ops.sparsetile.allowed_pairs(query, text, geometry)
+    check_dense_size(query, k_len + (0 if appended is None else appended.shape[2]))
     logits = scaled_logits(query, key, scale)
-    if attn_bias is not None:
-        logits = logits + attn_bias
-    if key_padding_mask is not None:
-        kept = kept & ~key_padding_mask[:, None, None, :]
-    logits = logits.masked_fill(~kept, -math.inf)
-    dense = weights_of(logits, lse).to(query.dtype)
-    return dense.mean(1) if average else dense
+    if logits.numel():
+        text, by_head = _pattern_text(pattern, False)
+        geometry = [q_len, k_len, block_size, heads if by_head else 1]
+        if op.plain(query, key, key):
+            kept = _written_out(pattern, geometry, query.device)
+        else:
+            kept = torch.ops.sparsetile.allowed_pairs(query, text, geometry)
+        if attn_bias is not None:
+            logits = logits + attn_bias
+        if key_padding_mask is not None:
+            kept = kept & ~key_padding_mask[:, None, None, :]
+        logits = logits.masked_fill(~kept, -math.inf)
+    if appended is not None:
+        logits = torch.cat((logits, scaled_logits(query, appended, scale)), -1)
+    if not logits.numel():
+        return logits.to(query.dtype)
+    # A row that attends nothing has a softmax of NaN, and so has its gradient: it gets any logits, then 0.
+    empty = torch.isneginf(logits).all(-1, keepdim=True)
+    return logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0).to(query.dtype)
 
 
 def scaled_logits(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
@@ -151,11 +161,6 @@ def scaled_logits(query: Tensor, key: Tensor, scale: float | None = None) -> Ten
         key = key.repeat_interleave(group, 1)
     with torch.autocast(query.device.type, enabled=False):
         return torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * scale
-
-
-def weights_of(logits: Tensor, lse: Tensor) -> Tensor:
-    """``exp(logits − lse)`` for logits ``[…, N, M]`` and lse ``[…, N]``; 0 in rows whose lse is −inf."""
-    return torch.exp(logits - lse.masked_fill(torch.isneginf(lse), 0.0).unsqueeze(-1))
 
 
 @torch.no_grad()
@@ -173,7 +178,13 @@ def sparse_weights(
 ) -> Tensor:
     """The softmax weights of a ``sparse_attention`` call on its kept tiles, in memory O(tiles).
 
-    Arguments as in :func:`dense_weights`. Runs outside of compiled graphs, and gives no gradient.
+    Runs outside of compiled graphs, and gives no gradient.
+
+    Args:
+        lse: ``[B, H, Nq]``, what the call returned.
+        average: the mean over heads instead of each head's own.
+
+    The other arguments are those of :func:`dense_weights`.
 
     Returns:
         ``torch.sparse_bsr`` tensor ``[B, H, Nq′, Nk′]``, or its mean over heads ``[B, Nq′, Nk′]`` if
@@ -206,7 +217,9 @@ def sparse_weights(
         kept = bits[mask_ids[head if layout.heads > 1 else 0]]
         if key_padding_mask is not None:
             kept = kept & ~key_padding_mask[:, keys][:, :, None, :]
-        tiles = weights_of(tiles.masked_fill_(~kept, -math.inf), lse[:, head][:, queries])
+        # Rows that attend nothing have lse −inf, and −inf − (−inf) is NaN.
+        total = lse[:, head].masked_fill(torch.isneginf(lse[:, head]), 0.0)[:, queries]
+        tiles = tiles.masked_fill_(~kept, -math.inf).sub_(total[..., None]).exp_()
         if average:
             values += tiles
         else:
