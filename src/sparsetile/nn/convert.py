@@ -104,7 +104,7 @@ def _print(model: nn.Module, found: list[_Found], plan: SparsePlan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("module", "class before", "embed_dim × heads", "now")
+    table = Table("module", "class", "width × heads", "now")
     for name, module, why_not in found:
         assert isinstance(module, nn.MultiheadAttention)
         before = "MultiheadAttention" if why_not is None else type(module).__name__
