@@ -18,7 +18,8 @@ from sparsetile.strips import Line, Strip, mix, read, take
 
 OVERLAPS = ("multiset", "once")
 HEAD_OFFSETS = ("block", "cyclic")
-_BLOCKS = (128, 64, 32, 16)
+# Tile edges and about what the same work costs in them.
+_BLOCKS = {128: 1.0, 64: 1.1, 32: 1.4, 16: 2.0}
 
 Overlap = Literal["multiset", "once"]
 HeadOffset = Literal["block", "cyclic"]
@@ -172,7 +173,7 @@ def dilated_attention(
             scale=scale,
             dropout_p=dropout_p,
             key_padding_mask=mask,
-            block_size=_block(min(strip.length, length) // strip.rate),
+            block_size=call.block or _block(length // strip.rate),
             enable_gqa=True,
             backend=backend,
             return_lse=True,
@@ -197,23 +198,35 @@ def check_rules(overlap: object, head_offset: object) -> None:
             )
 
 
-def _block(tokens: int) -> int:
-    """Tile edge for segments of so many tokens: tiles that end where segments end are never half empty."""
-    for block in _BLOCKS:
-        if tokens % block == 0:
-            return block
-    return next((block for block in _BLOCKS if 4 * block <= tokens), _BLOCKS[-1])
+def _block(length: int) -> int:
+    """Tile edge for a sequence that is one segment: only its last tiles are part empty."""
+    return next((block for block in _BLOCKS if length >= 2 * block), min(_BLOCKS))
+
+
+def _segment_block(kept: int) -> int:
+    """Tile edge for segments of ``kept`` tokens side by side.
+
+    Larger tiles run faster; those that do not end with the segments reach into a tile more each way.
+    """
+
+    def cost(block: int) -> float:
+        reach = 1.0 if kept % block == 0 else 1.0 + block / kept
+        return _BLOCKS[block] * reach**2
+
+    return min(_BLOCKS, key=cost)
 
 
 class Call(NamedTuple):
     """One call of ``sparse_attention``: strips of the query and of key and value, and who attends whom.
 
-    The pattern is its text, since a compiler cannot pass on an object that was made while it traces.
+    The pattern is its text, since a compiler cannot pass on an object that was made while it traces. The
+    block is 0 where it depends on the length of the sequence.
     """
 
     query: Strip
     key: Strip
     pattern: str
+    block: int
 
 
 def _calls(*arguments: Any) -> tuple[Call, ...]:
@@ -248,7 +261,8 @@ def _make_calls(
         for queries, keys, diagonal in _groups(branch, key_heads, divides and steady):
             strip = Strip(queries, branch.offsets[queries.start], branch.length, branch.rate, diagonal)
             pattern = _pattern(branch, earlier, queries, one_segment, is_causal)
-            calls.append(Call(strip, strip._replace(heads=keys), repr(pattern)))
+            block = 0 if one_segment else _segment_block(_kept(branch, strip.offset))
+            calls.append(Call(strip, strip._replace(heads=keys), repr(pattern), block))
     return tuple(calls)
 
 
@@ -260,14 +274,18 @@ def head_offsets(heads: int, rate: int, rule: str) -> list[int]:
     return [head // together for head in range(heads)]
 
 
+def _kept(branch: Branch, offset: int) -> int:
+    """Tokens that a whole segment has from an offset on."""
+    return -(-(branch.length - offset) // branch.rate)
+
+
 def _pattern(
     branch: Branch, earlier: list[Branch], queries: Line, one_segment: bool, is_causal: bool
 ) -> Pattern:
     """Who attends whom among a branch's own tokens, side by side."""
     members = [queries.start + i * queries.step for i in range(queries.size)]
     offsets = [tuple(b.offsets[head] for head in members) for b in (branch, *earlier)]
-    kept = -(-(branch.length - offsets[0][0]) // branch.rate)
-    parts: list[Pattern] = [] if one_segment else [Dilated(kept, 1, 1)]
+    parts: list[Pattern] = [] if one_segment else [Dilated(_kept(branch, offsets[0][0]), 1, 1)]
     if earlier:
         if all(len(set(each)) == 1 for each in offsets):
             offsets = [each[:1] for each in offsets]
