@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsetile.patterns import (
+    Budget,
     Causal,
     Dilated,
     Documents,
@@ -22,6 +23,7 @@ from sparsetile.patterns import (
     Random,
     Strided,
 )
+from sparsetile.patterns.budget import KINDS
 
 HEADS = 3
 
@@ -48,7 +50,7 @@ class Case(NamedTuple):
     def dense(self, head: int = 0) -> Tensor:
         """The definition, asked about every pair: bool ``[q_len, k_len]``."""
         offset = self.k_len - self.q_len
-        pattern = self.pattern.resolve(self.block_q, self.block_k, offset)
+        pattern = self.pattern.resolve(self.block_q, self.block_k, offset, self.k_len)
         q = torch.arange(self.q_len)[:, None] + offset
         return pattern.allows(q, torch.arange(self.k_len), head).expand(self.q_len, self.k_len)
 
@@ -64,9 +66,23 @@ def documents(k_len: int) -> st.SearchStrategy[Documents]:
 
 
 @st.composite
+def budget(draw: st.DrawFn) -> Budget:
+    """A budget of any kind; its tiles are square."""
+    kind = draw(st.sampled_from(KINDS))
+    density = draw(st.sampled_from([0.001, 0.05, 0.2, 1 / 3, 0.5, 0.9, 1.0]) | st.floats(0.001, 1))
+    causal = draw(st.booleans())
+    if kind == "dilated_sparse":
+        lengths = draw(st.lists(st.integers(1, 900), min_size=1, max_size=3))
+        rates = [draw(st.integers(1, min(6, length))) for length in lengths]
+        return Budget(kind, density, causal, None, tuple(lengths), tuple(rates))
+    sinks = draw(st.none() | st.integers(0, 300)) if kind in ("global_local", "ultra_sparse") else None
+    return Budget(kind, density, causal, sinks)
+
+
+@st.composite
 def simple(draw: st.DrawFn, k_len: int, block: int | None) -> Pattern:
     """One pattern without composition; ``block`` is the size of square tiles, None if they are not square."""
-    kind = draw(st.integers(0, 8))
+    kind = draw(st.integers(0, 9 if block else 8))
     unit = draw(st.sampled_from(["token", 1, 3, 16, 50, *(["block"] if block else [])]))
     tokens = {"token": 1, "block": block}.get(unit, unit)
     small = st.integers(0, 200)
@@ -87,6 +103,8 @@ def simple(draw: st.DrawFn, k_len: int, block: int | None) -> Pattern:
         return LogStrided(draw(st.integers(2, 4)), unit)
     if kind == 7:
         return Dilated(draw(st.integers(1, 400)), draw(st.integers(1, 6)), unit)
+    if kind == 9:
+        return draw(budget())
     density = draw(st.sampled_from([0.03, 0.11, 0.3, 1 / 3, 0.77, 1.0]))
     return Random(density, draw(st.integers(-(2**40), 2**40)), unit, draw(st.booleans()))
 

@@ -19,13 +19,13 @@ def test_a_tile_with_any_allowed_pair_is_whole(data, blocks, offset, head):
     block_q, block_k = blocks
     inner = data.draw(simple(192, block_q if block_q == block_k else None))
     q, k = torch.arange(offset, offset + 192)[:, None], torch.arange(192)
-    pairs = inner.resolve(block_q, block_k, offset).allows(q, k, head).expand(192, 192)
+    pairs = inner.resolve(block_q, block_k, offset, 192).allows(q, k, head).expand(192, 192)
     tiles = pairs.reshape(192 // block_q, block_q, 192 // block_k, block_k).any(3).any(1)
     expected = tiles.repeat_interleave(block_q, 0).repeat_interleave(block_k, 1)
-    rounded = inner.block_aligned().resolve(block_q, block_k, offset)
+    rounded = inner.block_aligned().resolve(block_q, block_k, offset, 192)
     assert torch.equal(rounded.allows(q, k, head), expected)
     # Sizes that were given are kept, whatever the layout's are.
-    given_sizes = inner.block_aligned(block_q, block_k, offset).resolve(128, 64, 5)
+    given_sizes = inner.block_aligned(block_q, block_k, offset).resolve(128, 64, 5, 192)
     assert torch.equal(given_sizes.allows(q, k, head), expected)
 
 

@@ -14,7 +14,9 @@ from sparsetile.patterns import Causal, Documents, Global, Local, Random, Stride
 @runs(100)
 @given(case(), st.booleans())
 def test_repr_round_trips(drawn, resolved):
-    pattern = drawn.pattern.resolve(drawn.block_q, drawn.block_k, 5) if resolved else drawn.pattern
+    pattern = (
+        drawn.pattern.resolve(drawn.block_q, drawn.block_k, 5, drawn.k_len) if resolved else drawn.pattern
+    )
     again = parse_pattern(repr(pattern))
     assert again == pattern and hash(again) == hash(pattern) and repr(again) == repr(pattern)
 
@@ -42,7 +44,7 @@ def test_reads(text, pattern):
         ("", "got "),
         ("Locl(3)", "Did you mean Local"),
         ("local(3)", "Did you mean Local"),
-        ("Window(3)", "Known patterns: Causal, Dilated"),
+        ("Window(3)", "Known patterns: Budget, Causal"),
         ("Local", r"Write Local\(…\)"),
         ("Local(3", "never closed"),
         ("Local(3) + Causal()", "Known patterns"),

@@ -49,12 +49,14 @@ class Budget(Pattern):
       row ends, with fewer than ``m`` tiles. So all branches have equally many tiles, and each reaches as far
       as its rate takes it: LongNet's mix of near and far (Ding et al. 2023, arXiv:2307.02486, section 2.2)
       at a given cost.
-    * ``"ultra_sparse"``: own; tile 0; the previous tile; one of the log-spaced tiles at distances +1, −2, +2,
-      −4, +4, … (−2, −4, … if causal); the rest of the first ``⌈global_tokens / block⌉`` tiles; the rest of
-      the log-spaced ones; then nearest first. Row ``i`` starts in its list of ``n`` log-spaced tiles at entry
-      ``i mod n`` and goes round, so that even the smallest budget connects any two positions within
-      O(log T) layers. A row keeps at least 4 tiles (own, 0, previous, one far) where it has as many. For the
-      longest sequences, at densities of 1 % and below.
+    * ``"ultra_sparse"``: own; tile 0; the next tile (if causal, or at the end, the previous one); one
+      log-spaced tile; the rest of the first ``⌈global_tokens / block⌉`` tiles; the previous tile; the rest of
+      the log-spaced ones; then nearest first. Log-spaced are, by turns, those at +2, +4, +8, … and at −2, −4,
+      −8, … tiles (the latter alone, if causal); row ``i`` begins each list of ``n`` at entry
+      ``⌊n · frac(0.618… · i)⌋`` and goes round, so that neighbouring rows differ in their reach. Thus even
+      the smallest budget connects any two positions (causal: any position with each one before it) within
+      about ``2·log₂ T`` layers, a larger one sooner. A row keeps at least 4 tiles (own, 0, beside, far) where
+      it has as many. For the longest sequences, at densities of 1 % and below.
 
     ``density=1`` keeps every tile (of ``dilated_sparse``: every tile of its branches).
 

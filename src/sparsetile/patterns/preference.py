@@ -19,9 +19,10 @@ from sparsetile.patterns.parameters import floor
 from sparsetile.patterns.tiles import UNBOUNDED, Span
 
 LEAST_REACH = 4
-"""Tiles that a row of ``ultra_sparse`` keeps at the least: its own, tile 0, the previous one, a far one."""
+"""Tiles that a row of ``ultra_sparse`` keeps at the least: its own, tile 0, one beside it, a far one."""
 
 _ENTRIES_AT_A_TIME = 1 << 20
+_GOLDEN = 0x9E3779B1  # 2³² · 0.618…, rounded to odd
 
 
 class Rows(NamedTuple):
@@ -105,90 +106,103 @@ def global_local(rows: Rows, sinks: int) -> Kept:
 # -- ultra_sparse -------------------------------------------------------------------------------------
 
 
-def powers(device: torch.device) -> Tensor:
-    return 1 << torch.arange(61, device=device)
-
-
 @dataclass(frozen=True, eq=False)
 class Reaching(Kept):
-    """Also the previous tile, and the first ``far`` log-spaced ones of a list that starts at ``start``.
+    """Also tile ``beside``, and the first ``far`` tiles of a list of log-spaced ones.
 
-    The list holds the tiles at distances +1, −2, +2, −4, +4, −8, … that are there to choose from, tile 0
-    excepted (it is always kept): ``past`` of them before the own tile, ``future`` after it.
+    The list: the tiles at +2, +4, +8, … (``future`` of them) and those at −2, −4, … (``past``; tile 0, which
+    is always kept, is not listed) take turns. Each of the two begins at an entry that changes from row to
+    row, and goes round. Second in the list is the previous tile, if ``previous`` is 1.
     """
 
+    beside: Tensor
     past: Tensor
     future: Tensor
-    start: Tensor
+    previous: Tensor
     far: Tensor
+
+    def _past_place(self, step: Tensor) -> Tensor:
+        """Place in the list of the tile at distance −2^step."""
+        turn = (step - 1 - begin(self.own, self.past)).remainder(self.past.clamp(min=1))
+        return self._after_previous(turn + torch.minimum(turn + 1, self.future))
+
+    def _future_place(self, step: Tensor) -> Tensor:
+        """Place in the list of the tile at distance +2^step."""
+        turn = (step - 1 - begin(self.own, self.future)).remainder(self.future.clamp(min=1))
+        return self._after_previous(turn + torch.minimum(turn, self.past))
+
+    def _after_previous(self, place: Tensor) -> Tensor:
+        return place + self.previous * (place > 0).long()
+
+    @property
+    def _previous_place(self) -> Tensor:
+        return (self.past + self.future).clamp(max=1)
+
+    @property
+    def length(self) -> Tensor:
+        """Tiles in the list."""
+        return self.past + self.future + self.previous
 
     def holds(self, tile: Tensor) -> Tensor:
         away = tile - self.own
         table = powers(tile.device)
-        step = torch.searchsorted(table, away.abs())
-        exact = table[step.clamp(max=table.numel() - 1)] == away.abs()
-        before, after = (away < 0) & (step >= 1) & (step <= self.past), (away > 0) & (step < self.future)
-        place = torch.where(away < 0, past_place(step, self.future), future_place(step, self.past))
-        turn = (place - self.start).remainder((self.past + self.future).clamp(min=1))
-        reached = exact & (before | after) & (turn < self.far)
-        return super().holds(tile) | reached | ((away == -1) & (tile >= 0))
+        step = torch.searchsorted(table, away.abs()).clamp_(max=table.numel() - 1)
+        before = (away < 0) & (step <= self.past) & (self._past_place(step) < self.far)
+        after = (away > 0) & (step <= self.future) & (self._future_place(step) < self.far)
+        reached = (table[step] == away.abs()) & (step >= 1) & (before | after)
+        previous = (away == -1) & (self.previous > 0) & (self._previous_place < self.far)
+        return super().holds(tile) | reached | previous | ((tile == self.beside) & (tile >= 0))
 
     def spans(self) -> Span:
         lo, hi = super().spans()
         listed = self.listed()
         kept = (torch.arange(listed.shape[1], device=listed.device) < self.far[:, None]).long()
-        lo = torch.cat((lo, (self.own - 1).clamp(min=0)[:, None], listed), 1)
-        return Span(lo, torch.cat((hi, self.own[:, None], listed + kept), 1))
+        beside = self.beside.clamp(min=0)[:, None]
+        lo = torch.cat((lo, beside, listed), 1)
+        return Span(lo, torch.cat((hi, beside + (self.beside >= 0).long()[:, None], listed + kept), 1))
 
     def listed(self) -> Tensor:
         """``[rows, s]``: the list of each row, −1 behind its end."""
-        length = self.past + self.future
-        steps = int(torch.maximum(self.past, self.future).max()) + 1
-        longest = int(length.max())
-        step = torch.arange(steps, device=self.own.device)
-        past, future, own = self.past[:, None], self.future[:, None], self.own[:, None]
-        distance = powers(step.device)[:steps]
-        there = torch.cat(((step >= 1) & (step <= past), step < future), 1)
-        place = torch.cat((past_place(step, future), future_place(step, past)), 1)
-        turn = (place - self.start[:, None]).remainder(length.clamp(min=1)[:, None])
-        turn = torch.where(there, turn, longest)
-        tiles = torch.cat((own - distance, own + distance), 1)
-        out = torch.full((own.shape[0], longest + 1), -1, device=own.device)
-        return out.scatter_(1, turn, tiles)[:, :longest]
+        longest = int(self.length.max())
+        steps = int(torch.maximum(self.past, self.future).max())
+        rows = Reaching(**{f.name: getattr(self, f.name)[:, None] for f in fields(self)})
+        step = torch.arange(1, steps + 1, device=self.own.device)
+        there = torch.cat((step <= rows.past, step <= rows.future, rows.previous > 0), 1)
+        place = torch.cat((rows._past_place(step), rows._future_place(step), rows._previous_place), 1)
+        tiles = torch.cat((rows.own - (1 << step), rows.own + (1 << step), rows.own - 1), 1)
+        out = torch.full((self.own.numel(), longest + 1), -1, device=self.own.device)
+        return out.scatter_(1, torch.where(there, place, longest), tiles)[:, :longest]
 
 
-def past_place(step: Tensor, future: Tensor) -> Tensor:
-    """Place of distance −2^step in the list: after the shorter distances and +2^(step − 1)."""
-    return step - 1 + torch.minimum(step, future)
+def powers(device: torch.device) -> Tensor:
+    return 1 << torch.arange(61, device=device)
 
 
-def future_place(step: Tensor, past: Tensor) -> Tensor:
-    """Place of distance +2^step in the list: after the shorter distances and −2^step."""
-    return step + torch.minimum(step, past)
+def begin(own: Tensor, length: Tensor) -> Tensor:
+    """Where in a list of ``length`` the row ``own`` begins: ``⌊length · frac(own · 0.618…)⌋``.
+
+    Steps of the golden section spread any few neighbouring rows evenly over the list, so that from every row
+    each distance is a few tiles away.
+    """
+    return (own * _GOLDEN & 0xFFFFFFFF) * length >> 32
 
 
 def ultra_sparse(rows: Rows, sinks: int) -> Reaching:
     own, end, count = rows
     count = torch.maximum(count, end.clamp(max=LEAST_REACH))
     zero = torch.zeros_like(own)
-    table = powers(own.device)
-    past = (torch.searchsorted(table, own - 1, right=True) - 1).clamp(min=0)
+    table = powers(own.device)[1:]
+    past = torch.searchsorted(table, own - 1, right=True)
     future = torch.searchsorted(table, end - 1 - own, right=True)
-    length = past + future
-    start = own.remainder(length.clamp(min=1))
-    kept = Reaching(own, zero, zero, zero, past, future, start, zero)
-    listed = kept.listed()
-    none = torch.full_like(own, UNBOUNDED)
-    # The own tile, tile 0, the previous one and the first of the list; then the other sinks.
-    head = torch.stack(
-        (
-            torch.where(own > 0, own, none),
-            torch.where(own > 1, own - 1, none),
-            torch.where(length > 0, listed[:, 0], none) if listed.shape[1] else none,
-        ),
-        1,
-    )
-    head = head.sort(1).values
+    # Whatever is behind a row it reaches from tile 0 on, if every tile is read by the one before it.
+    ahead = own + 1 < end
+    beside = torch.where(ahead, own + 1, own - 1)
+    previous = (ahead & (own > 1)).long()
+    kept = Reaching(own, zero, zero, zero, beside, past, future, previous, zero)
+    listed, length = kept.listed(), kept.length
+    # The own tile, tile 0, the one beside and the first of the list; then the other sinks.
+    head = torch.stack((own, beside, listed[:, 0] if listed.shape[1] else zero), 1)
+    head = torch.where(head > 0, head, UNBOUNDED).sort(1).values
     left = count - 1 - (head < UNBOUNDED).sum(1)
     base = end.clamp(max=max(1, sinks))
     first = torch.minimum(1 + left + _skip(head - 1, left), base)
@@ -202,7 +216,7 @@ def ultra_sparse(rows: Rows, sinks: int) -> Reaching:
     far = torch.where(left > 0, far, length.clamp(max=1))
     # Then the nearest of what remains.
     left = (left - fresh.sum(1)).clamp(min=0)
-    known = torch.cat((own[:, None], own[:, None] - 1, listed), 1)
+    known = torch.cat((own[:, None], beside[:, None], listed), 1)
     ranks = nearness(own[:, None], base[:, None], end[:, None], known)
     ranks = torch.where(known >= base[:, None], ranks, UNBOUNDED).sort(1).values
     near = window(own, base, end, torch.where(left > 0, left + _skip(ranks, left), 0))
