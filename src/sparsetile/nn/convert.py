@@ -94,22 +94,23 @@ def _why_not(module: nn.Module) -> str | None:
     if isinstance(module, BlockSparseRingMultiheadDilatedAttention):
         return "block-sparse already"
     if type(module) is not nn.MultiheadAttention:
-        return "a subclass of nn.MultiheadAttention, which may compute otherwise"
+        return f"{type(module).__name__} is a subclass, which may compute otherwise"
     if "forward" in vars(module):
         return "its forward was replaced on the object"
     return None
 
 
 def _print(model: nn.Module, found: list[_Found], plan: SparsePlan) -> None:
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("module", "class", "width × heads", "now")
+    table = Table("module", "width × heads", "now", box=SIMPLE)
+    table.columns[0].overflow = "fold"
     for name, module, why_not in found:
         assert isinstance(module, nn.MultiheadAttention)
-        before = "MultiheadAttention" if why_not is None else type(module).__name__
         now = "block-sparse" if why_not is None else f"unchanged: {why_not}"
-        table.add_row(name or "(the model)", before, f"{module.embed_dim} × {module.num_heads}", now)
+        table.add_row(name or "(the model)", f"{module.embed_dim} × {module.num_heads}", now)
     count = sum(why_not is None for _, _, why_not in found)
     console = Console()
     if found:
