@@ -1,12 +1,14 @@
 """Block-sparse attention for PyTorch, exact over the keys it keeps, forward and backward."""
 
 from sparsetile._version import __version__
+from sparsetile.dilated import dilated_attention
 from sparsetile.distributed.config import DistributedSparseConfig
 from sparsetile.functional import merge_attention, sparse_attention
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.nn.adaptive import AdaptiveConfig
 from sparsetile.nn.attention import BlockSparseRingDilatedAttention
 from sparsetile.nn.convert import from_dense
+from sparsetile.nn.dilated import DilatedAttention
 from sparsetile.nn.factory import (
     create_adaptive_block_sparse,
     create_block_sparse_attention,
@@ -38,6 +40,7 @@ __all__ = [
     "Budget",
     "Causal",
     "Dilated",
+    "DilatedAttention",
     "DistributedSparseConfig",
     "Documents",
     "Full",
@@ -52,6 +55,7 @@ __all__ = [
     "create_adaptive_block_sparse",
     "create_block_sparse_attention",
     "create_multihead_block_sparse",
+    "dilated_attention",
     "from_dense",
     "get_block_sparse_preset",
     "merge_attention",
