@@ -173,7 +173,8 @@ def dilated_attention(
             scale=scale,
             dropout_p=dropout_p,
             key_padding_mask=mask,
-            block_size=call.block or _block(length // strip.rate),
+            # A new int: the compiler cannot look at the type of one that was made while it traces.
+            block_size=int(call.block) or _block(length // strip.rate),
             enable_gqa=True,
             backend=backend,
             return_lse=True,
