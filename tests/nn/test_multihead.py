@@ -290,6 +290,23 @@ def test_weights_past_a_gibibyte_name_the_ways_out():
     assert torch.equal(out, module(x, x, x, need_weights=False)[0])
 
 
+def test_long_sequences_take_no_memory_in_their_square():
+    """60,000² logits of one head would take 14 GiB."""
+    module = Multihead(8, 1, batch_first=True, sparse_config=SparsePatternConfig(st.Local(64)))
+    x = torch.randn(1, 60_000, 8, requires_grad=True)
+    unread = torch.zeros(1, 1).expand(60_000, 60_000)
+    for padding in (torch.arange(60_000)[None] > 50_000, torch.randn(1, 60_000)):
+        out, _ = module(x, x, x, padding, need_weights=False, attn_mask=unread, is_causal=True)
+        out.sum().backward()
+    late = x.detach().clone()
+    late[:, 40_000:] += 1
+    early, changed = (
+        module(y, y, y, need_weights=False, attn_mask=unread, is_causal=True)[0][:, :40_000]
+        for y in (x, late)
+    )
+    assert torch.equal(early, changed)
+
+
 @pytest.mark.parametrize("unbatched", [False, True])
 @pytest.mark.parametrize("average", [False, True])
 def test_sparse_weights_are_the_dense_ones(unbatched, average):
@@ -385,9 +402,10 @@ def test_factory_arguments_meta_and_moves():
     assert torch.equal(made(x, x, x)[0], expected)
     # After use: another dtype, another length, and back.
     assert made.double()(x.double(), x.double(), x.double())[0].dtype == torch.float64
-    made.to("meta")
+    made.float().to("meta")
     on_meta = x.to("meta")
-    assert made.float()(on_meta, on_meta, on_meta, need_weights=False)[0].is_meta
+    for need_weights in (False, True):
+        assert made(on_meta, on_meta, on_meta, need_weights=need_weights)[0].is_meta
     assert ours(x[:, :23], x[:, :23], x[:, :23])[0].shape == (2, 23, 16)
     assert torch.equal(ours(x, x, x)[0], expected)
 

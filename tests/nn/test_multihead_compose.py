@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import sparsetile as st
@@ -162,6 +163,18 @@ def test_gradcheck(name):
 
     # The fast mode projects onto random directions, which covers every entry of every gradient.
     assert torch.autograd.gradcheck(run, (x, *leaves), fast_mode=True)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_fake_tensors_pass_without_a_trace(need_weights):
+    module = module_of(BUDGET)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.randn(2, 123, 16)
+        out, weights = module(x, x, x, need_weights=need_weights)
+    assert isinstance(out, FakeTensor) and out.shape == (2, 123, 16)
+    assert not need_weights or weights.shape == (2, 123, 123)
+    x = torch.randn(2, 123, 16)
+    assert torch.isfinite(module(x, x, x, need_weights=need_weights)[0]).all()
 
 
 def test_a_short_budget_warns_once():

@@ -90,7 +90,8 @@ def masks_of(
             "is_causal=True",
             "an attn_mask beside it, since it is a hint that attn_mask is causal",
             "attn_mask=None",
-            "Pass nn.Transformer.generate_square_subsequent_mask(L).",
+            "Pass nn.Transformer.generate_square_subsequent_mask(L); where L = S it is not read, so that "
+            "torch.zeros(1, 1).expand(L, L) will do for a long sequence.",
         )
     if attn_mask is not None:
         _check_kind("attn_mask", attn_mask)

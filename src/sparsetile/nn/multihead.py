@@ -22,6 +22,7 @@ from sparsetile.nn.weights import (
     scaled_logits,
     sparse_weights,
 )
+from sparsetile.op import plain
 from sparsetile.patterns import Pattern
 from sparsetile.patterns.config import SparsePatternConfig
 
@@ -269,7 +270,8 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
         if not q.numel() or not k.numel():
             dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
             return q * 0.0, q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
-        self.warn_of_density(q.shape[2], k.shape[2], masks.is_causal)
+        if plain(q, k, v):
+            self.warn_of_density(q.shape[2], k.shape[2], masks.is_causal)
         out, lse = sparse_attention(
             q,
             k,

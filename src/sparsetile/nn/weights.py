@@ -8,6 +8,7 @@ through the logits and partly through the log-sum-exp loses what the softmax sub
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -159,7 +160,9 @@ def scaled_logits(query: Tensor, key: Tensor, scale: float | None = None) -> Ten
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key = key.repeat_interleave(group, 1)
-    with torch.autocast(query.device.type, enabled=False):
+    kind = query.device.type
+    exact = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    with exact:
         return torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * scale
 
 
