@@ -55,8 +55,9 @@ class Budget(Pattern):
       −8, … tiles (the latter alone, if causal); row ``i`` begins each list of ``n`` at entry
       ``⌊n · frac(0.618… · i)⌋`` and goes round, so that neighbouring rows differ in their reach. Thus even
       the smallest budget connects any two positions (causal: any position with each one before it) within
-      about ``2·log₂ T`` layers, a larger one sooner. A row keeps at least 4 tiles (own, 0, beside, far) where
-      it has as many. For the longest sequences, at densities of 1 % and below.
+      ``2·log₂ T + 2`` layers (computed for every pair of up to 16,384 tiles), a larger one sooner. A row
+      keeps at least 4 tiles (own, 0, beside, far) where it has as many. For the longest sequences, at
+      densities of 1 % and below.
 
     ``density=1`` keeps every tile (of ``dilated_sparse``: every tile of its branches).
 
@@ -283,14 +284,14 @@ def density_report(
         layout: the layout of ``config.pattern(is_causal, …)``, on any device.
         is_causal: count tiles of the causal triangle only.
     """
-    own_last = torch.arange(1, layout.q_blocks + 1) * layout.block_q
-    own_last = own_last.clamp(max=layout.q_len) + (layout.k_len - layout.q_len - 1)
-    every = torch.full_like(own_last, layout.k_blocks)
-    if is_causal:
-        every = (floor(own_last, layout.block_k) + 1).clamp(min=0)
     realised = layout.causal_density if is_causal else layout.density
     if config.sparsity_ratio is None:
         return DensityReport(None, realised, None)
+    last = torch.arange(1, layout.q_blocks + 1) * layout.block_q
+    last = last.clamp(max=layout.q_len) + (layout.k_len - layout.q_len - 1)
+    every = torch.full_like(last, layout.k_blocks)
+    if is_causal:
+        every = (floor(last, layout.block_k) + 1).clamp(min=0)
     wanted = torch.where(every > 0, tiles_for(config.sparsity_ratio, every), 0)
     counts = layout.row_counts().cpu().long().reshape(-1, layout.q_blocks)
     over, under = int((counts - wanted).max()), int((wanted - counts).max())

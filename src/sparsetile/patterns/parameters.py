@@ -85,6 +85,6 @@ def unresolved(pattern: Pattern, why: str) -> PatternError:
             f"{pattern!r}",
             expected="a pattern in tokens",
             got=f"one that is not resolved: {why}",
-            fix="Call pattern.resolve(block_q, block_k, offset) first, or build a layout, which does so.",
+            fix="Call pattern.resolve(block_q, block_k, offset, k_len) first; building a layout does so.",
         )
     )
