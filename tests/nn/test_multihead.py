@@ -147,6 +147,25 @@ def test_equals_dense_attention_under_the_layouts_mask(config, case):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("shape", [(40, 40), (6, 40, 40)])
+def test_masks_that_are_learned_get_their_gradient(shape, need_weights):
+    ours, dense = pair(16, 2, batch_first=True, dtype=torch.float64, add_zero_attn=True)
+    x = torch.randn(3, 40, 16, dtype=torch.float64)
+    mask = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    padding = torch.randn(3, 40, dtype=torch.float64, requires_grad=True)
+    out, weights = ours(x, x, x, padding, need_weights, mask)
+    pattern = forbidden(ours, 40, 40, None, False, 3)
+    wanted, wanted_weights = dense(x, x, x, padding, need_weights, mask + pattern)
+    direction = torch.randn_like(out)
+    score, wanted_score = (out * direction).sum(), (wanted * direction).sum()
+    if need_weights:
+        score, wanted_score = score + weights.square().sum(), wanted_score + wanted_weights.square().sum()
+    got, want = (torch.autograd.grad(y, (mask, padding)) for y in (score, wanted_score))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("kind", ["global_local", "local_window", "ultra_sparse"])
 def test_with_density_one_equals_dense_attention(kind):
     ours, dense = pair(
