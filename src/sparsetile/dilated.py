@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from operator import index
 from typing import Any, Literal, NamedTuple, overload
 
 from torch import Tensor
@@ -145,10 +146,11 @@ def dilated_attention(
     if key_padding_mask is not None:
         check_types(key_padding_mask=key_padding_mask)
         check_mask(key_padding_mask, query, length)
-    whole = tuple(w >= length for w in lengths)
+    # Plain numbers and truth values also where the compiler takes shapes for symbols.
+    heads, key_heads = index(query.shape[1]), index(key.shape[1])
+    whole = tuple(True if w >= length else False for w in lengths)  # noqa: SIM210
     # A mask is one for all heads, so heads of several offsets cannot share a call that has one.
-    even = tuple(length % r == 0 and key_padding_mask is None for r in rates)
-    heads, key_heads = query.shape[1], key.shape[1]
+    even = tuple(True if key_padding_mask is None and length % r == 0 else False for r in rates)  # noqa: SIM210
     calls = _calls(lengths, rates, heads, key_heads, overlap, head_offset, bool(is_causal), whole, even)
     # A sequence shorter than a rate has no token for the last offsets.
     calls = tuple(call for call in calls if call.query.offset < length)

@@ -148,9 +148,10 @@ class _Mix(torch.autograd.Function):
         total = lses[0].new_full((*q.shape[:3], 1), -math.inf)
         for strip, lse in zip(strips, lses, strict=True):
             write(total, strip, torch.logaddexp(read(total, strip), lse))
+        shift = _finite(total)
         out = torch.zeros(q.shape, dtype=total.dtype, device=q.device)
         for strip, part, lse in zip(strips, outs, lses, strict=True):
-            add(out, strip, _weights(total, strip, lse) * part)
+            add(out, strip, torch.exp(lse - read(shift, strip)) * part)
         return out.to(outs[0].dtype), total.squeeze(-1)
 
     @staticmethod
@@ -165,10 +166,10 @@ class _Mix(torch.autograd.Function):
         outs, lses = parts[: len(strips)], [x.unsqueeze(-1) for x in parts[len(strips) :]]
         total, grad_lse = lse.unsqueeze(-1), grad_lse.unsqueeze(-1)
         # ∂out/∂lseᵢ = wᵢ·(outᵢ − out), so each strip needs the sum over all strips of wᵢ·⟨grad, outᵢ⟩.
-        mean = torch.zeros_like(total)
+        shift, mean = _finite(total), torch.zeros_like(total)
         weights, dots = [], []
         for strip, part, part_lse in zip(strips, outs, lses, strict=True):
-            weight = _weights(total, strip, part_lse)
+            weight = torch.exp(part_lse - read(shift, strip))
             dot = (read(grad_out, strip).to(total.dtype) * part).sum(-1, keepdim=True)
             add(mean, strip, weight * dot)
             weights.append(weight)
@@ -180,7 +181,6 @@ class _Mix(torch.autograd.Function):
         return None, None, *grad_outs, *grad_lses
 
 
-def _weights(total: Tensor, strip: Strip, lse: Tensor) -> Tensor:
-    """``exp(lse − total)``; 0, and not NaN, at queries without any key."""
-    whole = read(total, strip)
-    return torch.exp(lse - whole.masked_fill(torch.isneginf(whole), 0.0))
+def _finite(lse: Tensor) -> Tensor:
+    """0 for −inf: a query without any key then has weights exp(−inf − 0) = 0 where −inf − (−inf) is NaN."""
+    return lse.masked_fill(torch.isneginf(lse), 0.0)
