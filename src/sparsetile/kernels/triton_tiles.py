@@ -77,7 +77,13 @@ def place(row, rep, heads, layout_heads, blocks, BATCH_SHARED: tl.constexpr, HEA
 @triton.jit
 def load_tile(base, rows, stride, dims, rows_ok, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
     """``[rows, BLOCK_D]`` from a base pointer; 0 where ``CHECK`` and not ``rows_ok``, and past D."""
-    pointers = base + rows[:, None] * stride + dims[None, :]
+    if CHECK:
+        pointers = base + rows[:, None] * stride + dims[None, :]
+    else:
+        # A thread's rows are mostly 16 apart: it keeps the 64-bit offset of one, and the distances of the
+        # others are the same in all threads. One a row would take the registers that the products need.
+        near = (rows % 16)[:, None] * stride + dims[None, :]
+        pointers = base + near + (rows // 16 * 16)[:, None] * stride
     if CHECK:
         if D == BLOCK_D:
             tile = tl.load(pointers, mask=rows_ok[:, None], other=0.0)
