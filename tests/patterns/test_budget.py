@@ -385,7 +385,12 @@ def test_errors(make, says):
         make()
 
 
-def test_no_position():
+def test_one_position_and_none():
+    for kind in KINDS:
+        branches = ((512,), (1,)) if kind == "dilated_sparse" else (None, None)
+        made = Budget(kind, 0.1, False, None, *branches).resolve(16, 16, 0, 100)
+        assert made.allows(torch.tensor(40), torch.tensor(35)).item() is True
+        assert made.allows(torch.tensor(40), torch.tensor(99)).item() is False
     made = Budget("ultra_sparse", 0.1).resolve(16, 16, 0, 100)
     none = torch.empty(0, dtype=torch.int64)
     assert made.allows(none[:, None], torch.arange(5)).shape == (0, 5)

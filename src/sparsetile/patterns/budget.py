@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 KINDS = ("local_window", "dilated_sparse", "global_local", "ultra_sparse")
 GLOBAL_TOKENS = 64
+_TILES_AT_A_TIME = 1 << 15  # int64 work tensors of this size stay in the cache
 _WITH_GLOBALS = ("global_local", "ultra_sparse")
 
 
@@ -204,10 +205,15 @@ class Budget(Pattern):
         return State(at_first | at_last | ~simple, at_first & at_last & simple)
 
     def _answers(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
-        tile = floor(tiles.k0, self._sizes()[0])
+        """Whether each tile is kept by the row at its first and by the one at its last query."""
+        block, _ = self._sizes()
         at_first, at_last = self._kept_at(tiles.grid, 0), self._kept_at(tiles.grid, 1)
-        answer = at_first.pick(tiles.row).holds(tile)
-        return answer, answer if at_last is at_first else at_last.pick(tiles.row).holds(tile)
+        parts = zip(*(torch.split(x, _TILES_AT_A_TIME) for x in (tiles.row, tiles.k0)), strict=True)
+        each = [(row, floor(k0, block)) for row, k0 in parts]
+        answer = torch.cat([at_first.pick(row).holds(tile) for row, tile in each])
+        if at_last is at_first:
+            return answer, answer
+        return answer, torch.cat([at_last.pick(row).holds(tile) for row, tile in each])
 
     def signature(self, tiles: Tiles) -> Key:
         block, _ = self._sizes()

@@ -60,8 +60,10 @@ class Kept:
 
     def pick(self, which: Tensor) -> Kept:
         """One row for each entry of ``which``, of any shape; only for :meth:`holds`."""
-        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: x[which] for n, x in chosen.items() if isinstance(x, Tensor)})
+        flat, names = which.flatten(), [f.name for f in fields(self)]
+        chosen = {name: x for name in names if isinstance(x := getattr(self, name), Tensor)}
+        picked = {n: x.index_select(0, flat).reshape(which.shape + x.shape[1:]) for n, x in chosen.items()}
+        return replace(self, **picked)
 
 
 def window(own: Tensor, base: Tensor, end: Tensor, count: Tensor) -> Span:
@@ -228,19 +230,23 @@ def ultra_sparse(rows: Rows, sinks: int) -> Reaching:
 
 @dataclass(frozen=True, eq=False)
 class Branching(Kept):
-    """Also the tiles whose :func:`turn` comes before ``limit``; ``tiles`` lists them, −1 for none."""
+    """Also the tiles whose :func:`turn` comes before ``limit``; ``tiles`` lists them, −1 for none.
 
-    end: Tensor
+    ``past`` and ``future`` are ``[rows, branches]``: see :func:`extent`.
+    """
+
+    past: Tensor
+    future: Tensor
     limit: Tensor
     tiles: Tensor
-    block: int
     branches: tuple[tuple[int, int], ...]
 
     def holds(self, tile: Tensor) -> Tensor:
         out = super().holds(tile)
-        for number, branch in enumerate(self.branches):
-            past, future = extent(self.own, self.end, self.block, branch)
-            out = out | (turn(tile - self.own, past, future, branch, number, len(self.branches)) < self.limit)
+        away, extents = tile - self.own, zip(self.past.unbind(-1), self.future.unbind(-1), strict=True)
+        for number, (past, future) in enumerate(extents):
+            named = turn(away, past, future, self.branches[number], number, len(self.branches))
+            out = out | (named < self.limit)
         return out
 
     def spans(self) -> Span:
@@ -248,11 +254,7 @@ class Branching(Kept):
         return Span(torch.cat((lo, self.tiles), 1), torch.cat((hi, self.tiles + (self.tiles >= 0).long()), 1))
 
     def pick(self, which: Tensor) -> Kept:
-        return replace(
-            self,
-            **{n: getattr(self, n)[which] for n in ("own", "first", "lo", "hi", "end", "limit")},
-            tiles=self.tiles[:0],
-        )
+        return Kept.pick(replace(self, tiles=self.tiles[:, :0]), which)
 
 
 def extent(own: Tensor, end: Tensor, block: int, branch: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -289,7 +291,8 @@ def dilated_sparse(rows: Rows, block: int, branches: tuple[tuple[int, int], ...]
     longest = max(int((past + future).max()) for past, future in extents)
     turns = min(longest, int(count.max()) - 1)
     zero = torch.zeros_like(own)
-    kept = Branching(own, zero, own, own + 1, end, zero, zero[:, None][:, :0], block, branches)
+    past, future = (torch.stack(x, 1) for x in zip(*extents, strict=True))
+    kept = Branching(own, zero, own, own + 1, past, future, zero, zero[:, None][:, :0], branches)
     if turns == 0:
         return kept
     rank = torch.arange(turns, device=own.device)
@@ -331,6 +334,7 @@ def in_parts(order: Callable[[Rows], Kept], rows: Rows, entries: int) -> Kept:
         pieces = [getattr(part, name) for part in parts]
         if pieces[0].dim() == 2:
             widest = max(x.shape[1] for x in pieces)
+            # Lists of different lengths: −1 is no tile.
             pieces = [torch.nn.functional.pad(x, (0, widest - x.shape[1]), value=-1) for x in pieces]
         return torch.cat(pieces)
 
