@@ -84,7 +84,7 @@ def test_dense_weights_carry_the_gradient_of_the_softmax(features):
     q, k, options, _, expected = case(PATTERN, features)
     inputs = [q, k, *([options["attn_bias"]] if "bias" in features else [])]
     direction = torch.randn_like(expected)
-    dense = dense_weights(q, k, PATTERN, **options)
+    dense = dense_weights(q, k, repr(PATTERN), **options)
     wanted = torch.autograd.grad(expected, inputs, direction)
     for got, want in zip(torch.autograd.grad(dense, inputs, direction), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)

@@ -18,7 +18,7 @@ from sparsetile.errors import ArgumentError, explain
 from sparsetile.functional import _pattern_text
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.cache import cached_layout
-from sparsetile.patterns import Pattern, parse_pattern
+from sparsetile.patterns import Pattern
 from sparsetile.patterns.tiles import unpack
 
 DENSE_LIMIT = 1 << 30
@@ -107,7 +107,7 @@ def attention_weights(
 def dense_weights(
     query: Tensor,
     key: Tensor,
-    pattern: Pattern,
+    pattern: Pattern | str,
     *,
     appended: Tensor | None = None,
     scale: float | None = None,
@@ -119,7 +119,7 @@ def dense_weights(
 
     Args:
         query, key: ``[B, H, Nq, D]``, ``[B, Hkv, Nk, D]`` with H a multiple of Hkv, as in the call.
-        pattern: that of the call, with ``& Causal()`` if it was causal.
+        pattern: that of the call (or its text), with ``& Causal()`` if it was causal.
         appended: ``[1, H, n, D]`` further keys that every query attends.
         scale, key_padding_mask, attn_bias, block_size: as in the call.
 
@@ -136,7 +136,7 @@ def dense_weights(
         text, by_head = _pattern_text(pattern, False)
         geometry = [q_len, k_len, block_size, heads if by_head else 1]
         if op.plain(query, key, key):
-            kept = _written_out(pattern, geometry, query.device)
+            kept = _written_out(text if isinstance(pattern, str) else pattern, geometry, query.device)
         else:
             kept = torch.ops.sparsetile.allowed_pairs(query, text, geometry)
         if attn_bias is not None:
@@ -161,7 +161,8 @@ def scaled_logits(query: Tensor, key: Tensor, scale: float | None = None) -> Ten
     if group > 1:
         key = key.repeat_interleave(group, 1)
     kind = query.device.type
-    exact = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    # The meta device is the one that has no autocast to switch off.
+    exact = nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
     with exact:
         return torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * scale
 
@@ -252,8 +253,9 @@ def _shared_tiles(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor]:
     return places // layout.k_blocks, places % layout.k_blocks, ids
 
 
-def _written_out(pattern: Pattern, geometry: list[int], device: torch.device) -> Tensor:
+def _written_out(pattern: Pattern | str, geometry: list[int], device: torch.device) -> Tensor:
     q_len, k_len, block, heads = geometry
+    pattern = op.parsed(pattern) if isinstance(pattern, str) else pattern
     layout = cached_layout(pattern, q_len, k_len, block, device, heads)
     return torch.stack([layout.to_dense(head) for head in range(layout.heads)])
 
@@ -261,7 +263,7 @@ def _written_out(pattern: Pattern, geometry: list[int], device: torch.device) ->
 @torch.library.custom_op("sparsetile::allowed_pairs", mutates_args=())
 def _allowed_pairs(like: Tensor, pattern: str, geometry: list[int]) -> Tensor:
     """bool ``[heads or 1, Nq, Nk]``; a graph holds a pattern as its text, and asks when it runs."""
-    return _written_out(parse_pattern(pattern), geometry, like.device)
+    return _written_out(pattern, geometry, like.device)
 
 
 @_allowed_pairs.register_fake
