@@ -140,6 +140,7 @@ SHAPES = [
     (40, 12, 4, [10, 40], [2, 8]),  # query heads of one offset cut across key heads
     (48, 8, 1, [16, 48], [4, 8]),  # one key head for all offsets
     (7, 4, 4, [16, 64], [1, 12]),  # shorter than every segment and than a rate
+    (5, 8, 4, [16, 64], [3, 8]),  # shorter than a rate has offsets: heads without any token
     (33, 3, 3, [8, 11], [8, 11]),  # one token a segment
     (33, 4, 2, [1, 33], [1, 1]),  # no dilation; segments of one token
 ]

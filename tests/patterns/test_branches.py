@@ -14,14 +14,8 @@ from sparsetile.patterns import Causal, Dilated, parse_pattern
 from sparsetile.patterns.branches import NotInBranches, segments_of
 
 
-def tokens_of(length, rate, offset, total):
-    """The tokens below ``total`` that a head of this offset has, in order."""
-    return [t for t in range(total) if t % length % rate == offset]
-
-
-def held(branch, offset, p, t):
-    length, rate, _ = branch
-    return p // length == t // length and p % length % rate == offset == t % length % rate
+def on_offset(tokens, length, rate, offset):
+    return (tokens % length) % rate == offset
 
 
 @st.composite
@@ -29,31 +23,34 @@ def drawn_branches(draw):
     heads = draw(st.sampled_from([1, 3]))
     branches = []
     for _ in range(draw(st.integers(2, 4))):
-        length = draw(st.one_of(st.sampled_from([8, 16, 32, 64, 96]), st.integers(1, 150)))
+        length = draw(
+            st.one_of(st.sampled_from([8, 16, 32, 64, 96]), st.integers(1, 20), st.integers(1, 150))
+        )
         rate = min(length, draw(st.one_of(st.sampled_from([1, 2, 4, 8]), st.integers(1, 12))))
-        offsets = tuple(draw(st.integers(0, min(rate, length) - 1)) for _ in range(heads))
+        offsets = tuple(draw(st.integers(0, rate - 1)) for _ in range(heads))
         branches.append((length, rate, offsets))
     length, rate, offsets = branches[-1]
     if length % rate:  # segments of equal size in the branch's own positions need one offset
         branches[-1] = (length, rate, offsets[:1] * heads)
-    return branches[-1], tuple(branches[:-1]), draw(st.integers(1, 200)), draw(st.sampled_from([16, 32]))
+    return branches[-1], tuple(branches[:-1]), draw(st.integers(1, 600)), draw(st.sampled_from([16, 32]))
 
 
-@runs(60)
-@given(drawn_branches())
-def test_layout_is_what_earlier_branches_leave(drawn):
-    note(repr(drawn))
-    (length, rate, offsets), earlier, total, block = drawn
+def agrees(own, earlier, total, block):
+    """Definition and layout of every head against a mask made of tokens."""
+    length, rate, offsets = own
     pattern = NotInBranches(length, rate, offsets, earlier)
     assert parse_pattern(repr(pattern)) == pattern
     assert pattern.needs_heads == (len(offsets) > 1)
+    everything = torch.arange(total)
     for head, offset in enumerate(offsets):
-        tokens = tokens_of(length, rate, offset, total)
-        if not tokens:
+        tokens = everything[on_offset(everything, length, rate, offset)]
+        if not len(tokens):
             continue
-        expected = torch.tensor(
-            [[not any(held(b, b[2][head], p, t) for b in earlier) for t in tokens] for p in tokens]
-        )
+        p, t = tokens[:, None], tokens
+        expected = torch.ones(len(tokens), len(tokens), dtype=torch.bool)
+        for w, r, others in earlier:
+            both = on_offset(p, w, r, others[head]) & on_offset(t, w, r, others[head])
+            expected &= ~(both & (p // w == t // w))
         x = torch.arange(len(tokens))
         assert torch.equal(pattern.allows(x[:, None], x, head).expand(expected.shape), expected)
         layout = BlockLayout.from_pattern(
@@ -61,6 +58,30 @@ def test_layout_is_what_earlier_branches_leave(drawn):
         )
         layout.validate()
         assert torch.equal(layout.to_dense(head if layout.heads > 1 else 0), expected)
+
+
+@runs(150)
+@given(drawn_branches())
+def test_layout_is_what_earlier_branches_leave(drawn):
+    note(repr(drawn))
+    agrees(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("own", "earlier"),
+    [
+        # The rate divides the own one, but not its segments: their borders move it off its offset and on.
+        ((600, 2, (0,)), ((15, 2, (1,)),)),
+        ((600, 4, (1,)), ((37, 2, (0,)), (31, 4, (1,)))),
+        # The own rate does not divide the own segments: uneven steps, at other places in every tile.
+        ((7, 2, (0,)), ((5, 1, (0,)),)),
+        ((10, 4, (0,)), ((6, 1, (0,)),)),
+        ((25, 4, (3,)), ((8, 2, (1,)), (12, 4, (3,)))),
+    ],
+)
+def test_rates_that_do_not_divide_the_segments(own, earlier):
+    for block in (16, 32):
+        agrees(own, earlier, 600, block)
 
 
 def test_nested_branches_leave_few_masks():
