@@ -219,10 +219,9 @@ class Budget(Pattern):
         block, _ = self._sizes()
         if (tiles.grid.block_q, tiles.grid.block_k) != (block, block):
             return super().signature(tiles)
-        # Undecided tiles are cut in two by the border between two rows; the halves are known.
-        cut = tiles.q0 - floor(tiles.q0, block) * block
+        # Undecided tiles are cut in two by the border between two rows, all at the same height.
         at_first, at_last = self._answers(tiles)
-        return combine([Key(cut, block), Key(at_first.long(), 2), Key(at_last.long(), 2)])
+        return combine([Key(at_first.long(), 2), Key(at_last.long(), 2)])
 
 
 def tiles_for(density: float, choices: Tensor) -> Tensor:
