@@ -125,6 +125,19 @@ def test_layouts_of_any_lengths(kind, causal):
         assert torch.equal(layout.to_dense(), drawn.dense()), (seed, drawn)
 
 
+@pytest.mark.parametrize("blocks", [(64, 16), (128, 16), (16, 64), (32, 64)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_resolved_for_other_tiles_than_the_layout_has(kind, blocks):
+    seed = random.SystemRandom().getrandbits(32)
+    gen = random.Random(seed)
+    for _ in range(6):
+        k_len, q_len = gen.randint(1, 600), gen.randint(1, 600)
+        made = random_budget(gen, kind, gen.random() < 0.5, 16).resolve(16, 16, 0, k_len)
+        layout = BlockLayout.from_pattern(made, q_len, k_len, blocks)
+        drawn = Case(made, q_len, k_len, *blocks)
+        assert torch.equal(layout.to_dense(), drawn.dense()), (seed, drawn)
+
+
 @runs(120)
 @given(st.data(), st.sampled_from([16, 16, 32, 64, 128]), st.sampled_from("ab&|r="))
 def test_layouts_are_their_budgets(data, block, how):

@@ -14,7 +14,7 @@ from sparsetile.patterns.base import Pattern
 from sparsetile.patterns.branches import segments_of
 from sparsetile.patterns.parameters import floor, integer, resolved_unit, truth, unresolved
 from sparsetile.patterns.preference import Kept, Rows
-from sparsetile.patterns.tiles import Grid, Key, Span, State, Tiles, combine
+from sparsetile.patterns.tiles import Grid, Key, Span, State, Tiles
 
 if TYPE_CHECKING:
     from sparsetile.layout.blocks import BlockLayout
@@ -219,9 +219,10 @@ class Budget(Pattern):
         block, _ = self._sizes()
         if (tiles.grid.block_q, tiles.grid.block_k) != (block, block):
             return super().signature(tiles)
-        # Undecided tiles are cut in two by the border between two rows, all at the same height.
-        at_first, at_last = self._answers(tiles)
-        return combine([Key(at_first.long(), 2), Key(at_last.long(), 2)])
+        # Undecided tiles are cut in two by the border between two rows, all at the same height, and one of
+        # the two rows keeps them: which one is all there is to know.
+        at_first, _ = self._answers(tiles)
+        return Key(at_first.long(), 2)
 
 
 def tiles_for(density: float, choices: Tensor) -> Tensor:
