@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Literal, overload
 
 import torch
@@ -131,9 +132,11 @@ def sparse_attention(
         >>> out.shape
         torch.Size([1, 4, 1000, 64])
     """
-    check_types(query=query, key=key, value=value)
-    optional = {"key_padding_mask": key_padding_mask, "attn_bias": attn_bias, "tile_bias": tile_bias}
-    check_types(**{name: x for name, x in optional.items() if x is not None})
+    if not (type(query) is type(key) is type(value) is Tensor):
+        check_types(query=query, key=key, value=value)
+    if not (key_padding_mask is attn_bias is tile_bias is None):
+        optional = {"key_padding_mask": key_padding_mask, "attn_bias": attn_bias, "tile_bias": tile_bias}
+        check_types(**{name: x for name, x in optional.items() if x is not None})
     query, key, value = _autocast(query, key, value)
     check_tensors(query, key, value, enable_gqa)
     _, heads, q_len, head_dim = query.shape
@@ -141,14 +144,15 @@ def sparse_attention(
     check_name(backend)
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)
-    elif not isinstance(scale, int | float) or not math.isfinite(scale):
+    elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ArgumentError(explain("scale", expected="a finite number or None", got=scale, fix="Pass 1/√D."))
-    if not isinstance(dropout_p, int | float) or not 0.0 <= dropout_p < 1.0:
+    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
         raise ArgumentError(
             explain(
                 "dropout_p", expected="0 ≤ p < 1", got=dropout_p, fix="Pass the share of weights to drop."
             )
         )
+    plain = op.plain(query, key, value)
     layout: BlockLayout | None = None
     text, geometry = "", (q_len, k_len, 0, 0, 1, 1)
     if isinstance(pattern, BlockLayout):
@@ -163,9 +167,9 @@ def sparse_attention(
                 )
             )
         check_layout(layout, query, k_len)
-    elif isinstance(pattern, Pattern | str):
+    elif isinstance(pattern, (Pattern, str)):  # torch 2.9 cannot trace a union
         block_q, block_k = checked_blocks(block_size)
-        if not op.plain(query, key, value):
+        if not plain:
             text, by_head = _pattern_text(pattern, is_causal)
             geometry = (q_len, k_len, block_q, block_k, 1, heads if by_head else 1)
         else:
@@ -188,6 +192,7 @@ def sparse_attention(
         key,
         value,
         layout,
+        plain=plain,
         pattern=text,
         geometry=geometry,
         tile_bias=tile_bias,
@@ -288,14 +293,25 @@ def _pattern_text(pattern: Pattern | str, is_causal: bool) -> tuple[str, bool]:
         ) from None
 
 
+@lru_cache(maxsize=16)
+def _known_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+def _knows_autocast(device_type: str) -> bool:
+    """``torch.amp.is_autocast_available``, which torch 2.9 cannot trace."""
+    return _known_autocast(device_type)
+
+
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler.
 _pattern_text._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast q, k, v take its dtype, as F.scaled_dot_product_attention's do."""
     kind = query.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _knows_autocast(kind) or not torch.is_autocast_enabled(kind):
         return query, key, value
     dtype = torch.get_autocast_dtype(kind)
     cast = [x.to(dtype) if x.dtype in FLOATS and x.dtype != torch.float64 else x for x in (query, key, value)]

@@ -52,6 +52,7 @@ def attention(
     v: Tensor,
     layout: BlockLayout | None,
     *,
+    plain: bool,
     pattern: str = "",
     geometry: Sequence[int] = (),
     tile_bias: Tensor | None,
@@ -65,12 +66,13 @@ def attention(
     """Dispatch one validated call; returns (out, lse).
 
     Either a layout, or the text of a pattern with geometry (q_len, k_len, block_q, block_k, batch, heads).
+    ``plain`` is what :func:`plain` says of q, k, v.
     """
     features = (tile_bias, attn_bias, key_padding_mask, seed, scale, dropout_p)
     call: tuple[Any, ...]
     if layout is None:
         call = ([], pattern, list(geometry), *features, backend)
-    elif plain(q, k, v):
+    elif plain:
         request = _make_request(layout, *features)
         if _differentiable(q, k, v, tile_bias, attn_bias):
             out, lse = _Attention.apply(q, k, v, tile_bias, attn_bias, request, backend)

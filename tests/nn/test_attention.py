@@ -209,3 +209,10 @@ def test_errors_of_a_call():
     long = torch.zeros(1, 1, 1, 16).expand(1, 40_000, 1, 16)
     with pytest.raises(ArgumentError, match="need_weights=False"):
         module(long, long, long, need_weights=True)
+
+
+def test_layouts_are_made_on_the_cpu_under_any_default_device():
+    module = st.BlockSparseRingDilatedAttention(sparsity_ratio=0.21)
+    with torch.device("meta"):
+        layout = module.layout_for(1234)
+    assert layout.device.type == "cpu" and layout.nnz == 10 * 2

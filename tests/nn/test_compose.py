@@ -116,7 +116,9 @@ def test_gradcheck(causal):
 def test_fully_shard_gives_the_same_losses(tmp_path):
     worker = [sys.executable, str(Path(__file__).parent / "fsdp_worker.py")]
     ranks = [
-        subprocess.Popen([*worker, *map(str, place)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*worker, *map(str, place)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for place in ((0, 1, "-"), (0, 2, tmp_path / "store"), (1, 2, tmp_path / "store"))
     ]
     outputs = [rank.communicate(timeout=240) for rank in ranks]

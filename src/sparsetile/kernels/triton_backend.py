@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsetile.kernels.request import Gradients, Request
 from sparsetile.kernels.triton_config import overridden, target_of
+from sparsetile.kernels.triton_replay import kind_of, record, recordings_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SMALLEST_HEAD_DIM, LARGEST_HEAD_DIM = 16, 256
@@ -41,14 +42,14 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, request: Request) -> str | None:
     dim = q.shape[-1]
     if not SMALLEST_HEAD_DIM <= dim <= LARGEST_HEAD_DIM or dim % 8:
         return f"serves head_dim 16 to 256 in steps of 8, not {dim}"
-    if any(x.stride(-1) != 1 for x in (q, k, v)):
+    if not (q.stride(-1) == k.stride(-1) == v.stride(-1) == 1):
         return "needs q, k and v contiguous in their last dimension; call .contiguous() on them"
     problem = _import_problem()
     if problem is not None:
         return problem
-    from sparsetile.kernels.triton_tiles import INTERPRETED
-
     if q.device.type == "cpu":
+        from sparsetile.kernels.triton_tiles import INTERPRETED
+
         return None if INTERPRETED else "runs on GPUs; the tensors are on the CPU"
     if q.device.type != "cuda":
         return f"runs on NVIDIA and AMD GPUs, not on {q.device.type!r} devices"
@@ -76,10 +77,9 @@ _BACKWARD = (
 def forward(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
     """(out ``[B, H, Nq, D]`` in q's dtype, lse ``[B, H, Nq]`` fp32), both contiguous."""
     from sparsetile.kernels import triton_launch as plan
-    from sparsetile.kernels.triton_replay import kind_of, record, recordings_of
 
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     inputs = (q, k, v, *plan.features_of(request))
     kind, pointers = kind_of(inputs, "forward", q.get_device(), request.scale, request.dropout_p)
     recordings = recordings_of(request.layout)
@@ -110,7 +110,6 @@ def backward(
     """Gradients of ``sum(out·grad_out) + sum(lse·grad_lse)``; dq, dk, dv in the inputs' dtype, biases' in
     fp32."""
     from sparsetile.kernels import triton_launch as plan
-    from sparsetile.kernels.triton_replay import kind_of, record, recordings_of
 
     layout, device = request.layout, q.device
     batch, heads, q_len, dim = q.shape

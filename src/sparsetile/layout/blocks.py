@@ -6,6 +6,7 @@ block), so row ``(b·heads + h)·q_blocks + i`` holds the tiles of query block `
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -157,9 +158,13 @@ class BlockLayout:
                 )
             )
         groups = heads if pattern.needs_heads and heads is not None else 1
-        grid = Grid(q_len, k_len, block_q, block_k, k_len - q_len, groups)
-        rows = build.tiles_of(pattern.resolve(block_q, block_k, grid.offset, k_len), grid)
-        return cls._of(rows, q_len, k_len, block_q, block_k, heads=groups).to(device)
+        # Under another default device, what is made on the way still belongs on the CPU.
+        elsewhere = torch.get_default_device().type != "cpu"
+        with torch.device("cpu") if elsewhere else nullcontext():
+            grid = Grid(q_len, k_len, block_q, block_k, k_len - q_len, groups)
+            rows = build.tiles_of(pattern.resolve(block_q, block_k, grid.offset, k_len), grid)
+            layout = cls._of(rows, q_len, k_len, block_q, block_k, heads=groups)
+        return layout.to(device)
 
     @classmethod
     def _of(

@@ -118,8 +118,8 @@ class BlockSparseRingDilatedAttention(Planned):
         q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if need_weights and weights == "dense":
             check_dense_size(q, k.shape[2])
-        pattern = self.plan.pattern_for(is_causal)
-        self.warn_of_density(q.shape[2], k.shape[2], is_causal)
+        pattern = self.plan.attended(is_causal)
+        self.warn_of_density(q, k, is_causal)
         out, lse = sparse_attention(
             q,
             k,

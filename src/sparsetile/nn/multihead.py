@@ -22,7 +22,6 @@ from sparsetile.nn.weights import (
     scaled_logits,
     sparse_weights,
 )
-from sparsetile.op import plain
 from sparsetile.patterns import Pattern
 from sparsetile.patterns.config import SparsePatternConfig
 
@@ -240,7 +239,7 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
                     fix="The keys that these append lie in no tile; dense weights show them.",
                 )
             )
-        pattern = self.plan.pattern_for(masks.is_causal)
+        pattern = self.plan.attended(masks.is_causal)
         out, lse = self._kept(q, k, v, pattern, masks, 0.0 if by_weights else dropout)
         if appended is not None:
             logits = scaled_logits(q, appended[0])
@@ -264,14 +263,13 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
         return out, shares.mean(1) if average else shares
 
     def _kept(
-        self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, masks: Masks, dropout: float
+        self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | str, masks: Masks, dropout: float
     ) -> tuple[Tensor, Tensor]:
         """Attention over the keys of the pattern, and its log-sum-exp."""
         if not q.numel() or not k.numel():
             dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
             return q * 0.0, q.new_full(q.shape[:3], -torch.inf, dtype=dtype)
-        if plain(q, k, v):
-            self.warn_of_density(q.shape[2], k.shape[2], masks.is_causal)
+        self.warn_of_density(q, k, masks.is_causal)
         out, lse = sparse_attention(
             q,
             k,

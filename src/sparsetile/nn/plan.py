@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sparsetile import op
 from sparsetile.errors import PatternError, explain
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.cache import cached_layout
@@ -36,6 +37,7 @@ class SparsePlan:
     dilation_rates: tuple[int, ...] = (1,)
     # Made once: a compiled function must find its patterns ready.
     _patterns: tuple[Pattern, Pattern] = field(init=False, repr=False, compare=False)
+    _texts: tuple[str, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         lengths, rates = segments_of(self.segment_lengths, self.dilation_rates)
@@ -52,6 +54,7 @@ class SparsePlan:
             )
         made = tuple(self.config.pattern(is_causal, lengths, rates) for is_causal in (False, True))
         object.__setattr__(self, "_patterns", made)
+        object.__setattr__(self, "_texts", tuple(map(repr, made)))
 
     @classmethod
     def of(
@@ -101,7 +104,13 @@ class SparsePlan:
 
     def pattern_for(self, is_causal: bool = False) -> Pattern:
         """The pattern of a call; the causal one holds ``& Causal()`` already."""
-        return self._patterns[bool(is_causal)]
+        return self._patterns[1 if is_causal else 0]
+
+    def attended(self, is_causal: bool = False) -> Pattern | str:
+        """The same for ``sparse_attention``: in a graph that is being compiled, as text."""
+        if torch.compiler.is_compiling():
+            return self._texts[1 if is_causal else 0]
+        return self.pattern_for(is_causal)
 
     def layout_for(
         self,
@@ -154,14 +163,16 @@ class Planned(nn.Module):
         layout = self.layout_for(q_len, k_len, is_causal, heads=heads)
         return density_report(self.plan.config, layout, is_causal)
 
-    def warn_of_density(self, q_len: int, k_len: int, is_causal: bool) -> None:
-        """Warn, once a module, if a call of these lengths computes more or fewer tiles than were asked for.
+    def warn_of_density(self, query: Tensor, key: Tensor, is_causal: bool) -> None:
+        """Warn, once a module, if a call computes more or fewer tiles than were asked for.
 
-        The layout is looked at on the CPU, so no device has to be waited for, and only when lengths are new.
+        The layout is looked at on the CPU, so no device has to be waited for, and only when the lengths of
+        query and key ``[B, H, N, D]`` are new.
         """
-        if self.plan.config.sparsity_ratio is None or torch.compiler.is_compiling():
+        if self.plan.config.sparsity_ratio is None or not op.plain(query, key, key):
             return
         seen = self.__dict__.setdefault("_seen_lengths", set())
+        q_len, k_len = query.shape[2], key.shape[2]
         if (q_len, k_len, is_causal) in seen or None in seen:
             return
         seen.add((q_len, k_len, is_causal))

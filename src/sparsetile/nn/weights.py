@@ -62,7 +62,7 @@ def attention_weights(
     query: Tensor,
     key: Tensor,
     lse: Tensor,
-    pattern: Pattern,
+    pattern: Pattern | str,
     *,
     weights: str = "dense",
     average: bool = True,
@@ -172,7 +172,7 @@ def sparse_weights(
     query: Tensor,
     key: Tensor,
     lse: Tensor,
-    pattern: Pattern,
+    pattern: Pattern | str,
     *,
     average: bool = False,
     scale: float | None = None,
@@ -198,6 +198,7 @@ def sparse_weights(
     """
     batch, heads, q_len, dim = query.shape
     k_len, group = key.shape[2], heads // key.shape[1]
+    pattern = op.parsed(pattern) if isinstance(pattern, str) else pattern
     layout = cached_layout(pattern, q_len, k_len, block_size, query.device, heads)
     row, col, mask_ids = _shared_tiles(layout)
     scale = 1.0 / math.sqrt(dim) if scale is None else scale

@@ -75,7 +75,10 @@ class Pattern:
     @property
     def needs_heads(self) -> bool:
         """True if the pattern differs from head to head, so that a layout needs to know their number."""
-        return any(child.needs_heads for child in self.children)
+        known: bool | None = self.__dict__.get("_needs_heads_memo")
+        if known is None:
+            known = self.__dict__["_needs_heads_memo"] = any(child.needs_heads for child in self.children)
+        return known
 
     @property
     def children(self) -> tuple[Pattern, ...]:
