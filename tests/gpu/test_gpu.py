@@ -19,7 +19,7 @@ def test_features(feature: str, dtype: str) -> None:
     assert result["passed"], result
 
 
-@pytest.mark.parametrize("head_dim", [16, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [1, 4, 12, 16, 35, 80, 100, 128, 256])
 def test_head_dims(head_dim: int) -> None:
     result = cell(head_dim, "float16", 128, "causal")
     assert result["passed"], result

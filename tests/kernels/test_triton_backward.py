@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [1, 12, 16, 35, 64, 80, 96, 128, 256])
 def test_head_dims(head_dim: int) -> None:
     check(triton_backend, random_case(head_dim=head_dim, block=32, q_len=40, batch=1, heads=1))
 

@@ -44,7 +44,7 @@ def forward_error(case: Case) -> float:
     return error
 
 
-@pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [1, 4, 12, 16, 24, 35, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_head_dims_and_dtypes(head_dim: int, dtype: torch.dtype) -> None:
     forward_error(random_case(head_dim=head_dim, dtype=dtype, block=32, q_len=40, batch=1, heads=1))
@@ -197,8 +197,7 @@ def test_why_not() -> None:
 
     assert reason(case.q) == ""
     assert "float64" in reason(case.q.double())
-    assert "head_dim" in reason(case.q[..., :20].contiguous())
-    assert "head_dim" in reason(case.q[..., :8].contiguous())
+    assert "head_dim" in reason(case.q.new_zeros(1, 1, 16, 257))
     assert "contiguous" in reason(case.q.transpose(2, 3).contiguous().transpose(2, 3))
     assert "meta" in reason(case.q.to("meta"))
 

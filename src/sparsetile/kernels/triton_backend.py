@@ -17,7 +17,7 @@ from sparsetile.kernels.triton_config import overridden, target_of
 from sparsetile.kernels.triton_replay import kind_of, record, recordings_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-SMALLEST_HEAD_DIM, LARGEST_HEAD_DIM = 16, 256
+LARGEST_HEAD_DIM = 256
 
 
 @lru_cache(maxsize=1)
@@ -40,8 +40,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, request: Request) -> str | None:
     if q.dtype not in DTYPES:
         return f"serves fp16, bf16 and fp32, not {q.dtype}"
     dim = q.shape[-1]
-    if not SMALLEST_HEAD_DIM <= dim <= LARGEST_HEAD_DIM or dim % 8:
-        return f"serves head_dim 16 to 256 in steps of 8, not {dim}"
+    if dim > LARGEST_HEAD_DIM:
+        return f"serves head_dim 1 to {LARGEST_HEAD_DIM}, not {dim}"
     if not (q.stride(-1) == k.stride(-1) == v.stride(-1) == 1):
         return "needs q, k and v contiguous in their last dimension; call .contiguous() on them"
     problem = _import_problem()
