@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sparsetile.errors import BackendError
 from sparsetile.kernels.request import Gradients, Request
@@ -109,9 +110,13 @@ _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 def _differentiable(*tensors: Tensor | None) -> bool:
     """Whether autograd, or its forward mode, needs to hear of a function of these tensors."""
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 class _Attention(torch.autograd.Function):
@@ -206,7 +211,8 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, request: Request, backend: str) -> tuple[Tensor, Tensor]:
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    if not (q.stride(-1) == k.stride(-1) == v.stride(-1) == 1):
+        q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     out, lse = choose(backend, q, k, v, request).forward(q, k, v, request)
     return out.contiguous(), lse.contiguous()
 

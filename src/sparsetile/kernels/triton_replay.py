@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sparsetile.kernels.triton_launch import Launch
     from sparsetile.layout.blocks import BlockLayout
 
+_HIP = torch.version.hip is not None
 _MEMO = "triton_recordings"
 _MOST = 64
 """Kinds of calls that one layout keeps."""
@@ -105,7 +106,7 @@ def kind_of(tensors: Iterable[Tensor | None], *others: object) -> tuple[tuple[ob
             pointer = x.data_ptr()
             key += (x.dtype, x.shape, x.stride(), pointer % 16 == 0)
             pointers.append(pointer)
-            if torch.version.hip is not None:
+            if _HIP:
                 key.append(x.untyped_storage().nbytes() < 2**31)
     return tuple(key), pointers
 

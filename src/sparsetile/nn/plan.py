@@ -169,11 +169,11 @@ class Planned(nn.Module):
         The layout is looked at on the CPU, so no device has to be waited for, and only when the lengths of
         query and key ``[B, H, N, D]`` are new.
         """
-        if self.plan.config.sparsity_ratio is None or not op.plain(query, key, key):
+        if self.plan.config.sparsity_ratio is None or torch.compiler.is_compiling():
             return
         seen = self.__dict__.setdefault("_seen_lengths", set())
         q_len, k_len = query.shape[2], key.shape[2]
-        if (q_len, k_len, is_causal) in seen or None in seen:
+        if (q_len, k_len, is_causal) in seen or None in seen or not op.plain(query, key, key):
             return
         seen.add((q_len, k_len, is_causal))
         layout = self.plan.layout_for(q_len, k_len, is_causal)
