@@ -40,7 +40,8 @@ def checked_blocks(block_size: object) -> tuple[int, int]:
     )
 
 
-def check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+def check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, int, int, int]:
+    """Ranks, dtypes, devices, shapes and head counts fit; returns (heads, q_len, k_len, head_dim)."""
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         raise ArgumentError(
             explain(
@@ -80,7 +81,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
             )
         )
     # Not their min(): exported, that would tie a free size to the least of the others.
-    if any(size < 1 for size in (batch, heads, q_len, head_dim, kv_heads, k_len)):
+    if 0 in query.shape or 0 in key.shape:
         raise ArgumentError(
             explain(
                 "shapes",
@@ -107,6 +108,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
                 fix="Change the head counts.",
             )
         )
+    return heads, q_len, k_len, head_dim
 
 
 def check_layout(layout: BlockLayout, query: Tensor, k_len: int) -> None:

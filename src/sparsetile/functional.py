@@ -138,9 +138,7 @@ def sparse_attention(
         optional = {"key_padding_mask": key_padding_mask, "attn_bias": attn_bias, "tile_bias": tile_bias}
         check_types(**{name: x for name, x in optional.items() if x is not None})
     query, key, value = _autocast(query, key, value)
-    check_tensors(query, key, value, enable_gqa)
-    _, heads, q_len, head_dim = query.shape
-    k_len = key.shape[2]
+    heads, q_len, k_len, head_dim = check_tensors(query, key, value, enable_gqa)
     check_name(backend)
     if scale is None:
         scale = 1.0 / math.sqrt(head_dim)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -27,6 +28,14 @@ def _import_problem() -> str | None:
     except ImportError as problem:
         return f"Triton cannot be imported ({problem}); torch's GPU builds for Linux bring it along"
     return None
+
+
+@lru_cache(maxsize=1)
+def _plan() -> ModuleType:
+    """The module that prepares launches, imported when first needed: it imports Triton."""
+    from sparsetile.kernels import triton_launch
+
+    return triton_launch
 
 
 @lru_cache(maxsize=64)
@@ -76,8 +85,7 @@ _BACKWARD = (
 
 def forward(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
     """(out ``[B, H, Nq, D]`` in q's dtype, lse ``[B, H, Nq]`` fp32), both contiguous."""
-    from sparsetile.kernels import triton_launch as plan
-
+    plan = _plan()
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     inputs = (q, k, v, *plan.features_of(request))
@@ -109,8 +117,7 @@ def backward(
 ) -> Gradients:
     """Gradients of ``sum(out·grad_out) + sum(lse·grad_lse)``; dq, dk, dv in the inputs' dtype, biases' in
     fp32."""
-    from sparsetile.kernels import triton_launch as plan
-
+    plan = _plan()
     layout, device = request.layout, q.device
     batch, heads, q_len, dim = q.shape
     kv_heads, k_len = k.shape[1], k.shape[2]

@@ -140,7 +140,8 @@ class _Override:
     chunk: int | None = None
 
 
-_override = _Override()
+_NOTHING = _Override()
+_override = _NOTHING
 
 
 @contextmanager
@@ -204,7 +205,7 @@ def backward_tiles(
 
 def overridden() -> bool:
     """Whether ``override`` is in force."""
-    return _override != _Override()
+    return _override is not _NOTHING
 
 
 def chunk_override() -> int | None:
