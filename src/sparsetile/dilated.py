@@ -124,9 +124,9 @@ def dilated_attention(
 
     Example:
         >>> import torch
-        >>> from sparsetile.dilated import dilated_attention
+        >>> import sparsetile as st
         >>> q = k = v = torch.randn(1, 4, 1000, 64)
-        >>> dilated_attention(q, k, v, [128, 512], [1, 4], is_causal=True).shape
+        >>> st.dilated_attention(q, k, v, [128, 512], [1, 4], is_causal=True).shape
         torch.Size([1, 4, 1000, 64])
     """
     check_types(query=query, key=key, value=value)

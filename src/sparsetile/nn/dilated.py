@@ -37,8 +37,8 @@ class DilatedAttention(nn.Module):
 
     Example:
         >>> import torch
-        >>> from sparsetile.nn.dilated import DilatedAttention
-        >>> attention = DilatedAttention([256, 1024], [1, 4])
+        >>> import sparsetile as st
+        >>> attention = st.DilatedAttention([256, 1024], [1, 4])
         >>> q = k = v = torch.randn(2, 2000, 4, 64)
         >>> attention(q, k, v, is_causal=True).shape
         torch.Size([2, 2000, 4, 64])

@@ -96,7 +96,7 @@ PRESETS = {
         Preset(
             "ultra_sparse",
             when="The longest sequences, from about 64K tokens, at 99 % sparsity.",
-            reach="Its own and the previous tile, the first one, and tiles at distances 2, 4, 8, …; any two "
+            reach="Its own tile and a neighbour, the first one, and tiles at distances 2, 4, 8, …; any two "
             "positions meet within O(log N) layers.",
             sparse_config=SparsePatternConfig("ultra_sparse", sparsity_ratio=0.01),
         ),
