@@ -77,9 +77,9 @@ class BlockSparseRingDilatedAttention(Planned):
 
     def forward(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
@@ -90,8 +90,8 @@ class BlockSparseRingDilatedAttention(Planned):
         """Attention over the kept keys.
 
         Args:
-            query: ``[B, Nq, H, D]``.
-            key, value: ``[B, Nk, Hkv, D]``, H a multiple of Hkv.
+            q: ``[B, Nq, H, D]``.
+            k, v: ``[B, Nk, Hkv, D]``, H a multiple of Hkv.
             is_causal: also forbid keys after the query; with Nq ≠ Nk the last query stands at the last key.
             key_padding_mask: bool ``[B, Nk]``, True = ignore this key.
             need_weights: also return the softmax weights (before dropout), see ``weights``.
@@ -100,22 +100,22 @@ class BlockSparseRingDilatedAttention(Planned):
                 ``torch.sparse_bsr`` tensor that holds the kept tiles alone.
 
         Returns:
-            ``[B, Nq, H, D]`` in query's dtype, or a pair with the weights.
+            ``[B, Nq, H, D]`` in q's dtype, or a pair with the weights.
 
         Raises:
             ArgumentError, PatternError, BackendError: as :func:`sparsetile.sparse_attention`.
         """
-        if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        if not (q.dim() == k.dim() == v.dim() == 4):
             raise ArgumentError(
                 explain(
-                    "query, key, value",
+                    "q, k, v",
                     expected="[B, N, H, D] each",
-                    got=f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}",
+                    got=f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}",
                     fix="From [B, H, N, D] use transpose(1, 2), or sparsetile.sparse_attention.",
                 )
             )
         check_form(weights, need_weights)
-        q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if need_weights and weights == "dense":
             check_dense_size(q, k.shape[2])
         pattern = self.plan.attended(is_causal)
