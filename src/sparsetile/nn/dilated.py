@@ -73,39 +73,39 @@ class DilatedAttention(nn.Module):
 
     def forward(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         is_causal: bool = False,
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Attention over the tokens that the branches keep.
 
         Args:
-            query: ``[B, N, H, D]``.
-            key, value: ``[B, N, Hkv, D]``, H a multiple of Hkv.
+            q: ``[B, N, H, D]``.
+            k, v: ``[B, N, Hkv, D]``, H a multiple of Hkv.
             is_causal: also forbid keys after the query.
             key_padding_mask: bool ``[B, N]``, True = ignore this key.
 
         Returns:
-            ``[B, N, H, D]`` in query's dtype; 0 where no branch keeps the query.
+            ``[B, N, H, D]`` in q's dtype; 0 where no branch keeps the query.
 
         Raises:
             ArgumentError, BackendError: as :func:`sparsetile.dilated_attention`.
         """
-        if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        if not (q.dim() == k.dim() == v.dim() == 4):
             raise ArgumentError(
                 explain(
-                    "query, key, value",
+                    "q, k, v",
                     expected="[B, N, H, D] each",
-                    got=f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}",
+                    got=f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}",
                     fix="From [B, H, N, D] use transpose(1, 2), or sparsetile.dilated_attention.",
                 )
             )
         out = dilated_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
             self.segment_lengths,
             self.dilation_rates,
             is_causal=is_causal,
