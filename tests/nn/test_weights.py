@@ -103,10 +103,28 @@ def test_rows_of_half_precision_weights_sum_to_one(dtype):
 
 
 def test_weights_under_autocast_keep_the_precision_of_the_statistics():
-    q, k, options, _, expected = case(PATTERN, dtype=torch.float32)
+    q, k, options, lse, expected = case(PATTERN, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         dense = dense_weights(q, k, PATTERN, **options)
+        sparse = sparse_weights(q, k, lse, PATTERN, **options)
     torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sparse.to_dense()[..., :70, :70], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+@pytest.mark.parametrize("average", [False, True])
+def test_weights_of_a_call_under_autocast_are_of_what_it_attended(form, average):
+    torch.manual_seed(seed := torch.seed() % 2**31)
+    print(f"seed {seed}")
+    module = st.BlockSparseRingDilatedAttention(sparse_config=st.SparsePatternConfig(PATTERN, block_size=16))
+    q, k, v = (3 * torch.randn(2, 80, 4, 64) for _ in range(3))
+    options = {"need_weights": True, "weights": form, "average_attn_weights": average}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, weights = module(q, k, v, **options)
+    _, exact = module(q.bfloat16().double(), k.bfloat16().double(), v.double(), **options)
+    weights, exact = (x if form == "dense" else x.to_dense() for x in (weights, exact))
+    assert weights.dtype == torch.bfloat16
+    assert (weights.double() - exact).abs().max() < 2**-8
 
 
 def test_compiles_without_graph_breaks():

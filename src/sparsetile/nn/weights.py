@@ -8,14 +8,14 @@ through the logits and partly through the log-sum-exp loses what the softmax sub
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from sparsetile import op
 from sparsetile.errors import ArgumentError, explain
-from sparsetile.functional import _pattern_text
+from sparsetile.functional import _autocast, _pattern_text
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.cache import cached_layout
 from sparsetile.patterns import Pattern
@@ -80,6 +80,8 @@ def attention_weights(
     The other arguments, results and errors are theirs.
     """
     check_form(weights, True)
+    # What the call attended: under autocast, query and key rounded as it did.
+    query, key, _ = _autocast(query, key, key)
     if weights == "sparse":
         return sparse_weights(
             query,
@@ -160,11 +162,14 @@ def scaled_logits(query: Tensor, key: Tensor, scale: float | None = None) -> Ten
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key = key.repeat_interleave(group, 1)
-    kind = query.device.type
-    # The meta device is the one that has no autocast to switch off.
-    exact = nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
-    with exact:
+    with _exact(query.device.type):
         return torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * scale
+
+
+def _exact(device_type: str) -> AbstractContextManager[object]:
+    """Where products keep the dtype of their factors, autocast or not."""
+    # The meta device is the one that has no autocast to switch off.
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 @torch.no_grad()
@@ -212,10 +217,10 @@ def sparse_weights(
     values = query.new_empty((batch, heads, *shape[1:])) if not average else lse.new_zeros(shape)
     # One head at a time: what is computed on the way takes no more than one head's tiles.
     for head in range(heads):
-        tiles = torch.matmul(
-            query[:, head].to(lse.dtype)[:, queries],
-            key[:, head // group].to(lse.dtype)[:, keys].transpose(-1, -2),
-        ).mul_(scale)
+        own_queries = query[:, head].to(lse.dtype)[:, queries]
+        own_keys = key[:, head // group].to(lse.dtype)[:, keys]
+        with _exact(query.device.type):
+            tiles = torch.matmul(own_queries, own_keys.transpose(-1, -2)).mul_(scale)
         if attn_bias is not None:
             own = attn_bias[:, head if attn_bias.shape[1] > 1 else 0]
             tiles += own[:, queries[:, :, None], keys[:, None, :]]
