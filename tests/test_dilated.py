@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from sparsetile import dilated
 from sparsetile.dilated import dilated_attention
 from sparsetile.errors import ArgumentError, BackendError, PatternError
+from sparsetile.patterns import parse_pattern
 
 
 def offset_of(head, heads, rate, rule):
@@ -55,8 +56,8 @@ def oracle(q, k, v, masks, overlap, scale=None, padding=None):
 
 
 def tensors(gen, batch, heads, key_heads, total, dim, dtype=torch.float64):
-    """Fresh q, k, v; half the time as views of [B, N, H, D] storage."""
-    rng = torch.Generator().manual_seed(gen.getrandbits(40))
+    """Fresh q, k, v; half the time as views of [B, N, H, D] storage. What is drawn later follows too."""
+    rng = torch.manual_seed(gen.getrandbits(40))
     made = []
     for n in (heads, key_heads, key_heads):
         if gen.random() < 0.5:
@@ -256,6 +257,17 @@ def test_kernels_read_views_and_calls_are_few(monkeypatch, overlap, rule, total,
         2 * 16 * sum((t % w) % r == offset_of(h, 8, r, rule) for h in range(8) for t in range(total))
         for w, r in ((16, 1), (32, 4), (64, 8))
     )
+
+
+@pytest.mark.parametrize("total", [64, 61])
+def test_heads_of_one_offset_share_a_layout(total):
+    """Overlap "once" makes a pattern for each strip; one that differs by head has a layout for each head."""
+    one_segment, divides = (False, True), (True, total % 4 == 0)
+    calls = dilated._make_calls((16, 64), (1, 4), 16, 16, "once", "block", False, one_segment, divides)
+    by_head = [parse_pattern(call.pattern).needs_heads for call in calls]
+    assert by_head == [call.query.diagonal for call in calls]
+    # One call for 16 heads of rate 1, and four of rate 4: each of four heads of one offset.
+    assert len(calls) == 5 and not any(by_head)
 
 
 def test_dropout_keeps_the_mean_and_follows_the_generator():

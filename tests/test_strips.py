@@ -96,3 +96,20 @@ def test_mix_leaves_queries_of_no_strip_and_of_no_key():
     d_out, d_lse = torch.autograd.grad(mixed.square().sum() + total[served].sum(), (out, lse))
     assert torch.isfinite(d_out).all() and torch.isfinite(d_lse).all()
     assert not d_out[0, 0, 1].any() and d_lse[0, 0, 1] == 0
+
+
+def test_mix_of_half_precision_is_summed_in_fp32_and_rounded_once():
+    everything = Strip(Line(0, 1, 2), 0, 10, 1)
+    grad = torch.randn(2, 2, 10, 16).bfloat16()
+    outs = [(1 + torch.rand(2, 2, 10, 16)).bfloat16().requires_grad_() for _ in range(64)]
+    lses = [torch.randn(2, 2, 10).requires_grad_() for _ in range(64)]
+    got, _ = strips.mix(grad, [everything] * 64, outs, lses)
+    exact, _ = merge_attention(*((out.double(), lse.double()) for out, lse in zip(outs, lses, strict=True)))
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), exact, rtol=1.01 * 2**-8, atol=0)
+    wanted = torch.autograd.grad(exact, (*outs, *lses), grad.double())
+    grads = torch.autograd.grad(got, (*outs, *lses), grad)
+    for a, b in zip(grads[:64], wanted[:64], strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-6, atol=1e-6)
+    for a, b in zip(grads[64:], wanted[64:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-6)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pattern_draws import HEADS, Case, budget, pattern, runs
 from sparsetile.errors import PatternError
 from sparsetile.layout import BlockLayout
-from sparsetile.patterns import Budget, Causal, Dilated, Global, Local, parse_pattern
+from sparsetile.patterns import Budget, Causal, Dilated, Global, Local, parse_pattern, preference
 from sparsetile.patterns.budget import KINDS, density_report
 from sparsetile.patterns.config import SparsePatternConfig
 
@@ -267,6 +267,29 @@ def test_causal_rows_do_not_depend_on_the_length():
         shorter = BlockLayout.from_pattern(made, 1000, block_size=16).to_dense()
         last = BlockLayout.from_pattern(made, 1, 1000, 16).to_dense()
         assert torch.equal(shorter, longer[:1000, :1000]) and torch.equal(last, shorter[-1:])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", ["dilated_sparse", "ultra_sparse"])
+def test_rows_in_parts_are_the_rows_at_once(monkeypatch, kind, causal):
+    """Long sequences are worked through a part of the rows at a time, with lists of different lengths."""
+    seed = random.SystemRandom().getrandbits(32)
+    gen = random.Random(seed)
+    for _ in range(10):
+        k_len = gen.randint(300, 1500)
+        made = random_budget(gen, kind, causal, 16).resolve(16, 16, 0, k_len)
+        own = torch.arange(math.ceil(k_len / 16))
+        whole = made._kept(own)
+        with monkeypatch.context() as patch:
+            patch.setattr(preference, "_ENTRIES_AT_A_TIME", gen.choice([1, 50, 300]))
+            parts = made._kept(own)
+        tile = torch.arange(-1, len(own) + 1)
+        place = own[:, None].expand(-1, len(tile))
+        held = whole.pick(place).holds(tile)
+        assert torch.equal(parts.pick(place).holds(tile), held), (seed, made)
+        # The ranges hold those tiles and no others.
+        lo, hi = (x[:, :, None] for x in parts.spans())
+        assert torch.equal(((lo <= tile) & (tile < hi)).any(1), held), (seed, made)
 
 
 @pytest.mark.parametrize("causal", [False, True])
