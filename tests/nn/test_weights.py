@@ -72,6 +72,27 @@ def test_a_sparse_tensor_is_valid_and_holds_the_tiles_alone():
     assert st.BlockLayout.from_bsr(again[0, 0], q_len=70, k_len=70).nnz == layout.nnz
 
 
+def test_a_bias_for_all_heads():
+    q, k, options, _, _ = case(PATTERN)
+    options["attn_bias"] = torch.randn(2, 1, 70, 70, dtype=q.dtype)
+    _, lse = st.sparse_attention(q, k, k, PATTERN, return_lse=True, **options)
+    sparse = sparse_weights(q, k, lse, PATTERN, **options).to_dense()[..., :70, :70]
+    torch.testing.assert_close(sparse, dense_weights(q, k, PATTERN, **options))
+    options["attn_bias"] = options["attn_bias"].expand(2, 4, 70, 70)
+    torch.testing.assert_close(sparse, dense_weights(q, k, PATTERN, **options))
+
+
+def test_ignored_keys_may_hold_anything():
+    q, k, options, lse, expected = case(PATTERN, "padding")
+    hidden = options["key_padding_mask"][:, None, :, None]
+    for value in (math.nan, math.inf, 1e6):
+        dirty = k.masked_fill(hidden, value)
+        for form in ("dense", "sparse"):
+            got = attention_weights(q, dirty, lse, PATTERN, weights=form, average=False, **options)
+            got = got if form == "dense" else got.to_dense()[..., :70, :70]
+            torch.testing.assert_close(got, expected)
+
+
 def test_grouped_key_heads():
     q, k, options, lse, expected = case(PATTERN, heads=4, kv_heads=2)
     torch.testing.assert_close(dense_weights(q, k, PATTERN, **options), expected)
@@ -100,6 +121,11 @@ def test_rows_of_half_precision_weights_sum_to_one(dtype):
     assert error < torch.finfo(dtype).eps
     sparse = sparse_weights(q, k, lse, PATTERN, **options)
     torch.testing.assert_close(sparse.to_dense()[..., :70, :70], dense)
+    average = sparse_weights(q, k, lse, PATTERN, average=True, **options).to_dense()[..., :70, :70]
+    assert average.dtype == dtype
+    # Summed over heads before it is rounded.
+    exact = dense_weights(q.double(), k.double(), PATTERN, **options).mean(1)
+    assert (average.double() - exact).abs().max() < torch.finfo(dtype).eps / 2
 
 
 def test_weights_under_autocast_keep_the_precision_of_the_statistics():
