@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import sparsetile as st
+from sparsetile.errors import BackendError
 
 PATTERN = (st.Local(20) | st.Global(3)) & st.Causal()
 
@@ -134,3 +136,64 @@ def test_gradients_through_lse_alone():
     got = torch.autograd.grad(lse.sum(), (q, k))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", ["layout", "pattern"])
+def test_a_padding_mask_changed_before_backward_is_noticed(form):
+    q, k, v = inputs()
+    pattern = st.BlockLayout.from_pattern(PATTERN, 50, block_size=16) if form == "layout" else PATTERN
+    padding = torch.rand(2, 50) < 0.3
+    out = st.sparse_attention(q, k, v, pattern, key_padding_mask=padding, block_size=16)
+    padding.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def attend(q):
+    return st.sparse_attention(q, q, q, PATTERN, block_size=16)
+
+
+def dilated(q):
+    return st.dilated_attention(q, q, q, [16, 50], [1, 2])
+
+
+def dual_number(run, q):
+    with forward_ad.dual_level():
+        run(forward_ad.make_dual(q, q))
+
+
+@pytest.mark.parametrize("run", [attend, dilated])
+@pytest.mark.parametrize(
+    "differentiate",
+    [
+        lambda run, q: torch.func.jvp(run, (q,), (q,)),
+        lambda run, q: torch.func.jacfwd(lambda x: run(x).sum())(q),
+        lambda run, q: torch.func.linearize(run, q),
+        lambda run, q: torch.func.grad(lambda x: run(x).sum())(q),
+        lambda run, q: torch.func.vjp(run, q),
+        lambda run, q: torch.vmap(run)(q[None]),
+        dual_number,
+    ],
+    ids=["jvp", "jacfwd", "linearize", "grad", "vjp", "vmap", "dual"],
+)
+def test_forward_mode_and_transforms_are_refused_not_ignored(run, differentiate):
+    q = torch.randn(1, 2, 50, 16)
+    with pytest.raises(BackendError, match="expected backward"):
+        differentiate(run, q)
+
+
+def test_forward_mode_is_refused_in_compiled_code_too():
+    q = torch.randn(1, 2, 50, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q), attend(q))
+    with forward_ad.dual_level(), pytest.raises(Exception, match="BackendError"):
+        compiled(forward_ad.make_dual(q, q))
+    torch.testing.assert_close(compiled(q), attend(q))
+
+
+def test_transforms_of_other_tensors_pass():
+    q, scale = torch.randn(1, 2, 50, 16), torch.randn(3)
+    _, tangent = torch.func.jvp(lambda x: attend(q) * x, (scale[0],), (scale[1],))
+    torch.testing.assert_close(tangent, attend(q) * scale[1])
+    torch.testing.assert_close(torch.vmap(lambda x: attend(q) * x)(scale)[2], attend(q) * scale[2])

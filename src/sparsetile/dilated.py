@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 from torch import Tensor
 
+from sparsetile import op
 from sparsetile.arguments import check_mask, check_tensors, check_types
 from sparsetile.errors import ArgumentError, explain
 from sparsetile.functional import sparse_attention
@@ -131,6 +132,7 @@ def dilated_attention(
     """
     check_types(query=query, key=key, value=value)
     check_tensors(query, key, value, enable_gqa)
+    op.refuse_transforms(query, key, value)
     lengths, rates = segments_of(segment_lengths, dilation_rates)
     check_rules(overlap, head_offset)
     length = query.shape[2]

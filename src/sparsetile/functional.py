@@ -123,7 +123,8 @@ def sparse_attention(
         ArgumentError: a shape, dtype, device or value is not as above.
         LayoutError: a BlockLayout was made for other lengths, batch, heads or device.
         PatternError: the pattern does not fit the lengths.
-        BackendError: no backend serves the call; the message has every reason.
+        BackendError: no backend serves the call (the message has every reason), or q, k or v are under
+            forward mode or a transform of ``torch.func``.
 
     Example:
         >>> import torch, sparsetile as st
@@ -151,6 +152,8 @@ def sparse_attention(
             )
         )
     plain = op.plain(query, key, value)
+    if not plain or op.forward_mode():
+        op.refuse_transforms(query, key, value, attn_bias, tile_bias)
     layout: BlockLayout | None = None
     text, geometry = "", (q_len, k_len, 0, 0, 1, 1)
     if isinstance(pattern, BlockLayout):

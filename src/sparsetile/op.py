@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sparsetile.errors import BackendError
+from sparsetile.errors import BackendError, explain
 from sparsetile.kernels.request import Gradients, Request
 from sparsetile.kernels.select import choose
 from sparsetile.layout.blocks import BlockLayout, LayoutTensors, memo_of
@@ -108,10 +108,40 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives are on; where that changes, the compiler traces again."""
+    return forward_ad._current_level >= 0
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raise BackendError for tensors that forward mode or a transform of ``torch.func`` follows: operators
+    defined in Python pass on neither, and ``jvp`` would give a tangent of zero without a word."""
+    if torch.compiler.is_compiling():
+        carried = forward_mode()
+    else:
+        functorch = torch._C._functorch
+        # Inside a transform any tensor at all unpacks to a tangent.
+        dual = forward_mode() and functorch.peek_interpreter_stack() is None
+        carried = any(
+            functorch.is_gradtrackingtensor(x)
+            or functorch.is_batchedtensor(x)
+            or (dual and forward_ad.unpack_dual(x).tangent is not None)
+            for x in tensors
+            if x is not None
+        )
+    if carried:
+        raise BackendError(
+            explain(
+                "derivatives",
+                expected="backward() or torch.autograd.grad",
+                got="forward mode or a transform of torch.func (grad, vjp, jvp, vmap)",
+                fix="torch.func.functional_call with torch.autograd.grad does work.",
+            )
+        )
+
+
 def _differentiable(*tensors: Tensor | None) -> bool:
-    """Whether autograd, or its forward mode, needs to hear of a function of these tensors."""
-    if forward_ad._current_level >= 0:
-        return True
+    """Whether autograd needs to hear of a function of these tensors."""
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
@@ -135,16 +165,16 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         out, lse = _run(q, k, v, request, backend)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, tile_bias, attn_bias)
-        # The biases are kept by autograd, which notices if they are changed in place before backward.
-        ctx.request = replace(request, tile_bias=None, attn_bias=None)
+        # Biases and mask are kept by autograd, which notices if they are changed in place before backward.
+        ctx.save_for_backward(q, k, v, out, lse, tile_bias, attn_bias, request.key_padding_mask)
+        ctx.request = replace(request, tile_bias=None, attn_bias=None, key_padding_mask=None)
         ctx.backend = backend
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, out, lse, tile_bias, attn_bias = ctx.saved_tensors
-        request = replace(ctx.request, tile_bias=tile_bias, attn_bias=attn_bias)
+        q, k, v, out, lse, tile_bias, attn_bias, mask = ctx.saved_tensors
+        request = replace(ctx.request, tile_bias=tile_bias, attn_bias=attn_bias, key_padding_mask=mask)
         needs = ctx.needs_input_grad
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         if torch.is_grad_enabled():  # create_graph=True: the operator knows how to refuse a second derivative
