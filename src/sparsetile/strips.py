@@ -112,6 +112,9 @@ def mix(
     Returns:
         (out ``[B, H, N, D]``, lse ``[B, H, N]``); queries in no strip get 0 and −inf.
     """
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in (*outs, *lses)):
+        # torch.compile passes a function without derivative one argument more, if it takes any number.
+        return _mixed(q, strips, outs, lses)
     return _Mix.apply(q, strips, *outs, *lses)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -141,18 +144,24 @@ class _Take(torch.autograd.Function):
         return total.to(x.dtype), None
 
 
+def _mixed(
+    q: Tensor, strips: Sequence[Strip], outs: Sequence[Tensor], lses: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    lses = [lse.unsqueeze(-1) for lse in lses]
+    total = lses[0].new_full((*q.shape[:3], 1), -math.inf)
+    for strip, lse in zip(strips, lses, strict=True):
+        write(total, strip, torch.logaddexp(read(total, strip), lse))
+    shift = _finite(total)
+    out = torch.zeros(q.shape, dtype=total.dtype, device=q.device)
+    for strip, part, lse in zip(strips, outs, lses, strict=True):
+        add(out, strip, torch.exp(lse - read(shift, strip)) * part)
+    return out.to(outs[0].dtype), total.squeeze(-1)
+
+
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(q: Tensor, strips: Sequence[Strip], *parts: Tensor) -> tuple[Tensor, Tensor]:
-        outs, lses = parts[: len(strips)], [lse.unsqueeze(-1) for lse in parts[len(strips) :]]
-        total = lses[0].new_full((*q.shape[:3], 1), -math.inf)
-        for strip, lse in zip(strips, lses, strict=True):
-            write(total, strip, torch.logaddexp(read(total, strip), lse))
-        shift = _finite(total)
-        out = torch.zeros(q.shape, dtype=total.dtype, device=q.device)
-        for strip, part, lse in zip(strips, outs, lses, strict=True):
-            add(out, strip, torch.exp(lse - read(shift, strip)) * part)
-        return out.to(outs[0].dtype), total.squeeze(-1)
+        return _mixed(q, strips, parts[: len(strips)], parts[len(strips) :])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -87,6 +87,20 @@ def test_compiles_as_one_graph_for_all_batches(overlap, rule, length, rates):
     assert counter.frame_count == 1
 
 
+def test_compiles_for_inference_at_any_length():
+    module = DilatedAttention([16, 64], [1, 4])
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for length in (100, 70, 130, 180, 95):
+        operands = [x.detach() for x in inputs(length=length)]
+        torch.testing.assert_close(compiled(*operands), module(*operands), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        operands = inputs(length=100)
+        torch.testing.assert_close(compiled(*operands), module(*operands), rtol=1e-12, atol=1e-12)
+    assert counter.frame_count <= 4
+
+
 def test_compiled_dropout_follows_the_generator():
     q, k, v = inputs(length=64)
     module = DilatedAttention([16, 64], [1, 4], dropout=0.3)
