@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 import random
+import warnings
 
 import pytest
 import torch
@@ -195,6 +196,22 @@ def test_the_density_asked_for_is_used():
     assert torch.equal(tiles.sum(1), torch.full((16,), 4))
     assert module.layout_for(2048).nnz == 64
     assert module.density_for(2048).realised == pytest.approx(0.25)
+
+
+def test_a_density_that_cannot_be_warns_once():
+    config = SparsePatternConfig("ultra_sparse", 0.001, block_size=16)
+    x = torch.randn(400, 1, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        without_data = x.to("meta")
+        Multihead(16, 2, device="meta", sparse_config=config)(without_data, without_data, without_data)
+    module = Multihead(16, 2, sparse_config=config)
+    with pytest.warns(UserWarning, match=r"Multihead.* asked for density 0\.001, computes .* at 400 × 400"):
+        module(x, x, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module(x, x, x, need_weights=False)
+        module(x[:300], x, x)
 
 
 def test_constructor_says_what_contradicts():
@@ -406,6 +423,21 @@ def test_half_precision(dtype):
     scale = wanted.abs().max()
     assert (out.double() - wanted).abs().max() < 8 * torch.finfo(dtype).eps * scale
     assert (weights.double() - wanted_weights).abs().max() < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masks_of_single_precision_are_not_rounded_to_half(dtype):
+    ours, _ = pair(32, 2, batch_first=True)
+    ours = ours.to(dtype)
+    x, mask, padding = torch.randn(2, 50, 32).to(dtype), torch.randn(50, 50), torch.randn(2, 50)
+    for need_weights in (False, True):
+        for masks in ({"attn_mask": mask}, {"key_padding_mask": padding}):
+            expected, _ = ours(x, x, x, need_weights=need_weights, **masks)
+            # One number for all keys changes no softmax; in half precision it would swallow the rest.
+            moved = {name: value + 3000.0 for name, value in masks.items()}
+            out, _ = ours(x, x, x, need_weights=need_weights, **moved)
+            limit = 8 * torch.finfo(dtype).eps * expected.abs().max()
+            assert (out - expected).abs().max() < limit
 
 
 def test_factory_arguments_meta_and_moves():

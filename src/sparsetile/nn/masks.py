@@ -126,8 +126,6 @@ def masks_of(
             added = _additive(key_padding_mask, query.dtype)[:, None, None, :]
             # Alone it stays one row for all queries: expanded, not written out.
             bias = added.expand(batch, 1, q_len, k_len) if bias is None else bias + added
-    if bias is not None:
-        bias = _additive(bias, query.dtype)
     return Masks(is_causal, padding, bias)
 
 

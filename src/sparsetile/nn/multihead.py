@@ -108,10 +108,6 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
         # fused dense attention on its weights in its place. Here `in_proj_weight` says what this said.
         self._qkv_same_embed_dim = False
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._qkv_same_embed_dim = False
-
     def _reset_parameters(self) -> None:
         self._qkv_same_embed_dim = self.in_proj_weight is not None
         super()._reset_parameters()
