@@ -386,6 +386,7 @@ def test_memory_grows_with_the_length_alone():
         ({"scale": math.nan}, ArgumentError, "scale"),
         ({"dropout_p": 1.0}, ArgumentError, "dropout_p"),
         ({"backend": "cuda"}, ArgumentError, "backend"),
+        ({"is_causal": torch.zeros(64, 64)}, ArgumentError, "is_causal"),
         ({"backend": "triton"}, BackendError, "float64"),
         ({"query": None}, ArgumentError, "query: expected a torch.Tensor"),
         ({"query": torch.zeros(4, 64, 16)}, ArgumentError, r"\[B, H, N, D\]"),

@@ -259,6 +259,21 @@ BAD = {
         ArgumentError,
         "two ints",
     ),
+    "a mask for is_causal": (
+        lambda: st.sparse_attention(X, X, X, PATTERN, is_causal=torch.zeros(75, 75)),
+        ArgumentError,
+        "is_causal",
+    ),
+    "text for is_causal": (
+        lambda: st.sparse_attention(X, X, X, PATTERN, is_causal="no"),
+        ArgumentError,
+        "'no'",
+    ),
+    "a sparse query": (
+        lambda: st.sparse_attention(X.to_sparse(), X, X, PATTERN),
+        ArgumentError,
+        "query: expected a dense tensor",
+    ),
     "scale as text": (lambda: st.sparse_attention(X, X, X, PATTERN, scale="1"), ArgumentError, "scale"),
     "padding as list": (
         lambda: st.sparse_attention(X, X, X, PATTERN, key_padding_mask=[1]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,39 @@ def check_types(**arguments: object) -> None:
             )
 
 
+def check_settings(scale: object, dropout: object, dropout_name: str = "dropout") -> None:
+    """Raises ArgumentError unless scale is None or finite, and dropout a share below one."""
+    if scale is not None and (not isinstance(scale, (int, float)) or not math.isfinite(scale)):
+        raise ArgumentError(
+            explain(
+                "scale", expected="a finite Python number or None", got=repr(scale), fix="None means 1/√D."
+            )
+        )
+    if not isinstance(dropout, (int, float)) or not 0.0 <= dropout < 1.0:
+        raise ArgumentError(
+            explain(
+                dropout_name,
+                expected="a Python number, 0 ≤ p < 1",
+                got=repr(dropout),
+                fix="Pass the share of weights to drop.",
+            )
+        )
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises ArgumentError unless ``value`` is True or False: a mask in its place would count as True."""
+    if value is not True and value is not False:
+        got = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ArgumentError(
+            explain(
+                name,
+                expected="True or False",
+                got=got,
+                fix="Masks are passed by keyword: key_padding_mask=….",
+            )
+        )
+
+
 def checked_blocks(block_size: object) -> tuple[int, int]:
     """``block_size`` as (block_q, block_k); which numbers are served is the layout's to say."""
     if type(block_size) is int:
@@ -40,8 +75,38 @@ def checked_blocks(block_size: object) -> tuple[int, int]:
     )
 
 
+def check_tokens_first(q: Tensor, k: Tensor, v: Tensor, function: str) -> None:
+    """A module's inputs are dense tensors ``[B, N, H, D]``; ``function`` takes heads first."""
+    if not (type(q) is type(k) is type(v) is Tensor):
+        check_types(q=q, k=k, v=v)
+    _check_dense(q=q, k=k, v=v)
+    if not (q.dim() == k.dim() == v.dim() == 4):
+        raise ArgumentError(
+            explain(
+                "q, k, v",
+                expected="[B, N, H, D] each",
+                got=f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}",
+                fix=f"From [B, H, N, D] use transpose(1, 2), or sparsetile.{function}.",
+            )
+        )
+
+
+def _check_dense(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if x.is_nested or x.layout is not torch.strided:
+            raise ArgumentError(
+                explain(
+                    name,
+                    expected="a dense tensor",
+                    got="a nested one" if x.is_nested else f"layout {x.layout}",
+                    fix="Pad it, and pass a key_padding_mask." if x.is_nested else "Use to_dense().",
+                )
+            )
+
+
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, int, int, int]:
     """Ranks, dtypes, devices, shapes and head counts fit; returns (heads, q_len, k_len, head_dim)."""
+    _check_dense(query=query, key=key, value=value)
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         raise ArgumentError(
             explain(

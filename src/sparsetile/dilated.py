@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, overload
 from torch import Tensor
 
 from sparsetile import op
-from sparsetile.arguments import check_mask, check_tensors, check_types
+from sparsetile.arguments import check_flag, check_mask, check_tensors, check_types
 from sparsetile.errors import ArgumentError, explain
 from sparsetile.functional import sparse_attention
 from sparsetile.patterns import Causal, Dilated, Full, Pattern
@@ -135,6 +135,7 @@ def dilated_attention(
     op.refuse_transforms(query, key, value)
     lengths, rates = segments_of(segment_lengths, dilation_rates)
     check_rules(overlap, head_offset)
+    check_flag("is_causal", is_causal)
     length = query.shape[2]
     if key.shape[2] != length:
         raise ArgumentError(
@@ -153,7 +154,7 @@ def dilated_attention(
     whole = tuple(True if w >= length else False for w in lengths)  # noqa: SIM210
     # A mask is one for all heads, so heads of several offsets cannot share a call that has one.
     even = tuple(True if key_padding_mask is None and length % r == 0 else False for r in rates)  # noqa: SIM210
-    calls = _calls(lengths, rates, heads, key_heads, overlap, head_offset, bool(is_causal), whole, even)
+    calls = _calls(lengths, rates, heads, key_heads, overlap, head_offset, is_causal, whole, even)
     # A sequence shorter than a rate has no token for the last offsets.
     calls = tuple(call for call in calls if call.query.offset < length)
     strips = tuple(call.query for call in calls)

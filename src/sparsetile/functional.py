@@ -13,8 +13,10 @@ from sparsetile import op
 from sparsetile.arguments import (
     FLOATS,
     check_bias,
+    check_flag,
     check_layout,
     check_mask,
+    check_settings,
     check_tensors,
     check_types,
     checked_blocks,
@@ -141,16 +143,9 @@ def sparse_attention(
     query, key, value = _autocast(query, key, value)
     heads, q_len, k_len, head_dim = check_tensors(query, key, value, enable_gqa)
     check_name(backend)
-    if scale is None:
-        scale = 1.0 / math.sqrt(head_dim)
-    elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ArgumentError(explain("scale", expected="a finite number or None", got=scale, fix="Pass 1/√D."))
-    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
-        raise ArgumentError(
-            explain(
-                "dropout_p", expected="0 ≤ p < 1", got=dropout_p, fix="Pass the share of weights to drop."
-            )
-        )
+    check_flag("is_causal", is_causal)
+    check_settings(scale, dropout_p, "dropout_p")
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     plain = op.plain(query, key, value)
     if not plain or op.forward_mode():
         op.refuse_transforms(query, key, value, attn_bias, tile_bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+import torch
 
 from sparsetile.errors import LayoutError, PatternError
 from sparsetile.layout.cache import LayoutCache, cached_layout, layout_cache
@@ -119,3 +120,10 @@ def test_the_process_has_one():
     assert cached_layout(Local(12345), 77) is layout
     after = layout_cache.stats()
     assert after.hits - before.hits == 1 and after.misses - before.misses == 1
+
+
+def test_layouts_made_in_inference_mode_serve_training_too():
+    cache = LayoutCache(1 << 20)
+    with torch.inference_mode():
+        layout = cache.get(Local(3) & Causal(), 100)
+    assert not any(x.is_inference() for x in layout.tensors())

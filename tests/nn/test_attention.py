@@ -1,6 +1,7 @@
 """The base module: exact over its layout, with what PyTorch users do to modules."""
 
 import copy
+import math
 import pickle
 import warnings
 
@@ -169,6 +170,11 @@ def test_saved_and_loaded(tmp_path):
         (lambda: st.BlockSparseRingDilatedAttention([64], [128]), PatternError, "no rate above"),
         (lambda: st.BlockSparseRingDilatedAttention([], []), PatternError, "not empty"),
         (lambda: st.BlockSparseRingDilatedAttention([-4], [1]), PatternError, "from 1"),
+        (lambda: st.BlockSparseRingDilatedAttention(64, 1), PatternError, "got 64 and 1"),
+        (lambda: st.BlockSparseRingDilatedAttention(64), PatternError, "two lists"),
+        (lambda: st.BlockSparseRingDilatedAttention(scale=math.nan), ArgumentError, "finite"),
+        (lambda: st.BlockSparseRingDilatedAttention(scale=torch.ones(1)), ArgumentError, "Python number"),
+        (lambda: st.BlockSparseRingDilatedAttention(backend=["cpu"]), ArgumentError, "Did you mean 'cpu'"),
         (lambda: st.BlockSparseRingDilatedAttention(sparsity_ratio=0.0), PatternError, "0"),
         (lambda: st.BlockSparseRingDilatedAttention(dropout=1.0), ArgumentError, "0 ≤ p < 1"),
         (lambda: st.BlockSparseRingDilatedAttention(backend="gpu"), ArgumentError, "gpu"),
@@ -202,6 +208,16 @@ def test_errors_of_a_call():
     x = torch.randn(1, 40, 2, 16)
     with pytest.raises(ArgumentError, match=r"\[B, N, H, D\]"):
         module(x[0], x[0], x[0])
+    with pytest.raises(ArgumentError, match=r"k: expected a torch\.Tensor"):
+        module(x, None, None)
+    with pytest.raises(ArgumentError, match=r"is_causal: expected True or False, got a tensor \[1, 40\]"):
+        module(x, x, x, torch.zeros(1, 40, dtype=torch.bool))
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor([x[0], x[0, :9]], layout=layout)
+        with pytest.raises(ArgumentError, match="nested"):
+            module(nested, nested, nested)
+    with pytest.raises(ArgumentError, match="to_dense"):
+        module(x.to_sparse(), x, x)
     with pytest.raises(ArgumentError, match="weights"):
         module(x, x, x, weights="sparse")
     with pytest.raises(ArgumentError, match="key_padding_mask"):

@@ -141,6 +141,7 @@ def test_checkpointing_and_functional_call():
         ({"overlap": "union"}, ArgumentError, "overlap"),
         ({"head_offset": "torchscale"}, ArgumentError, "head_offset"),
         ({"dropout": 1.0}, ArgumentError, "dropout"),
+        ({"scale": float("inf")}, ArgumentError, "scale"),
         ({"backend": "tritn"}, ArgumentError, "Did you mean 'triton'"),
     ],
 )

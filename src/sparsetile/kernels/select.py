@@ -25,7 +25,7 @@ AUTO = ("cpu", "triton")
 
 def check_name(backend: str) -> None:
     """Raise ArgumentError unless ``backend`` is ``"auto"`` or a known backend."""
-    if backend != "auto" and backend not in BACKENDS:
+    if backend != "auto" and (not isinstance(backend, str) or backend not in BACKENDS):
         names = ["auto", *BACKENDS]
         close = difflib.get_close_matches(str(backend), names, n=1)
         fix = f"Did you mean {close[0]!r}?" if close else "Run `sparsetile doctor` to see what serves here."

@@ -83,7 +83,9 @@ class LayoutCache:
                 self._hits += 1
                 return found[0]
             self._misses += 1
-        layout = BlockLayout.from_pattern(pattern, q_len, k_len, (block_q, block_k), place, heads)
+        # Others will use it too: made in inference mode, autograd could not keep it for backward.
+        with torch.inference_mode(False):
+            layout = BlockLayout.from_pattern(pattern, q_len, k_len, (block_q, block_k), place, heads)
         with self._lock:
             for used in self._used & self._kept.keys():
                 self._weigh(used, self._kept[used][0])

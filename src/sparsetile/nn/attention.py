@@ -7,7 +7,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from sparsetile.errors import ArgumentError, NotBuiltError, explain
+from sparsetile.arguments import check_flag, check_settings, check_tokens_first
+from sparsetile.errors import NotBuiltError
 from sparsetile.functional import sparse_attention
 from sparsetile.kernels.select import check_name
 from sparsetile.nn.plan import Planned, SparsePlan
@@ -34,7 +35,7 @@ class BlockSparseRingDilatedAttention(Planned):
 
     Raises:
         PatternError: impossible branches, density or sizes.
-        ArgumentError: an impossible dropout or backend.
+        ArgumentError: an impossible scale, dropout or backend.
         NotBuiltError: a ``ring``.
 
     Example:
@@ -63,12 +64,7 @@ class BlockSparseRingDilatedAttention(Planned):
                 "ring: one sequence over several processes is not built yet. Leave it None: then the module "
                 "works on the tensors it is given."
             )
-        if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
-            raise ArgumentError(
-                explain(
-                    "dropout", expected="0 ≤ p < 1", got=dropout, fix="Pass the share of weights to drop."
-                )
-            )
+        check_settings(scale, dropout)
         check_name(backend)
         self.plan = SparsePlan.of(segment_lengths, dilation_rates, sparse_config, sparsity_ratio)
         self.scale = scale
@@ -105,15 +101,8 @@ class BlockSparseRingDilatedAttention(Planned):
         Raises:
             ArgumentError, PatternError, BackendError: as :func:`sparsetile.sparse_attention`.
         """
-        if not (q.dim() == k.dim() == v.dim() == 4):
-            raise ArgumentError(
-                explain(
-                    "q, k, v",
-                    expected="[B, N, H, D] each",
-                    got=f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}",
-                    fix="From [B, H, N, D] use transpose(1, 2), or sparsetile.sparse_attention.",
-                )
-            )
+        check_tokens_first(q, k, v, "sparse_attention")
+        check_flag("is_causal", is_causal)
         check_form(weights, need_weights)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if need_weights and weights == "dense":

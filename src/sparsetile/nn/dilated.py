@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from sparsetile.arguments import check_settings, check_tokens_first
 from sparsetile.dilated import HeadOffset, Overlap, check_rules, dilated_attention
-from sparsetile.errors import ArgumentError, explain
 from sparsetile.kernels.select import check_name
 from sparsetile.patterns.branches import segments_of
 
@@ -33,7 +33,7 @@ class DilatedAttention(nn.Module):
 
     Raises:
         PatternError: impossible lengths or rates.
-        ArgumentError: an impossible dropout, rule or backend.
+        ArgumentError: an impossible scale, dropout, rule or backend.
 
     Example:
         >>> import torch
@@ -58,12 +58,7 @@ class DilatedAttention(nn.Module):
         super().__init__()
         self.segment_lengths, self.dilation_rates = segments_of(segment_lengths, dilation_rates)
         check_rules(overlap, head_offset)
-        if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
-            raise ArgumentError(
-                explain(
-                    "dropout", expected="0 ≤ p < 1", got=dropout, fix="Pass the share of weights to drop."
-                )
-            )
+        check_settings(scale, dropout)
         check_name(backend)
         self.overlap: Overlap = overlap
         self.head_offset: HeadOffset = head_offset
@@ -93,15 +88,7 @@ class DilatedAttention(nn.Module):
         Raises:
             ArgumentError, BackendError: as :func:`sparsetile.dilated_attention`.
         """
-        if not (q.dim() == k.dim() == v.dim() == 4):
-            raise ArgumentError(
-                explain(
-                    "q, k, v",
-                    expected="[B, N, H, D] each",
-                    got=f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}",
-                    fix="From [B, H, N, D] use transpose(1, 2), or sparsetile.dilated_attention.",
-                )
-            )
+        check_tokens_first(q, k, v, "dilated_attention")
         out = dilated_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),

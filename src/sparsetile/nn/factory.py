@@ -79,6 +79,18 @@ def create_block_sparse_attention(
         "distributed_config": (distributed_config, "distributed"),
         "adaptive_config": (adaptive_config, "adaptive"),
     }
+    kinds = {"distributed_config": DistributedSparseConfig, "adaptive_config": AdaptiveConfig}
+    for name, kind in kinds.items():
+        value = own[name][0]
+        if value is not None and not isinstance(value, kind):
+            raise ArgumentError(
+                explain(
+                    name,
+                    expected=f"{kind.__name__} or None",
+                    got=repr(value),
+                    fix=f"Make it with {kind.__name__}(…).",
+                )
+            )
     for name, (value, owner) in own.items():
         if value is not None and variant != owner:
             raise ArgumentError(

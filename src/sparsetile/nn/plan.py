@@ -95,8 +95,9 @@ class SparsePlan:
                 )
             )
         lengths = (2048,) if segment_lengths is None else segment_lengths
-        rates = (1,) * len(lengths) if dilation_rates is None else dilation_rates
-        return cls(sparse_config, tuple(lengths), tuple(rates))
+        if dilation_rates is None:
+            dilation_rates = (1,) * (len(lengths) if isinstance(lengths, Sequence) else 1)
+        return cls(sparse_config, lengths, dilation_rates)  # type: ignore[arg-type]
 
     @property
     def block_size(self) -> int:

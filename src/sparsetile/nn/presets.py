@@ -125,7 +125,7 @@ def get_block_sparse_preset(name: str) -> Preset:
         Local(left=2047, right=0) & Causal()
         >>> attention = preset.create(embed_dim=256, num_heads=4)
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ArgumentError(
             explain(
                 "preset",

@@ -249,7 +249,7 @@ def check_density(what: str, value: object) -> float:
         raise PatternError(
             explain(
                 what,
-                expected="0 < density ≤ 1",
+                expected="a Python number, 0 < density ≤ 1",
                 got=repr(value),
                 fix="It is the share of tiles to keep: 0.01 keeps one in a hundred, 1.0 keeps all.",
             )
