@@ -197,3 +197,40 @@ def test_transforms_of_other_tensors_pass():
     _, tangent = torch.func.jvp(lambda x: attend(q) * x, (scale[0],), (scale[1],))
     torch.testing.assert_close(tangent, attend(q) * scale[1])
     torch.testing.assert_close(torch.vmap(lambda x: attend(q) * x)(scale)[2], attend(q) * scale[2])
+
+
+@pytest.mark.parametrize("which", range(5), ids=["q", "k", "v", "tile_bias", "attn_bias"])
+def test_gradient_of_one_input_alone(which):
+    q, k, v = (x.detach().double() for x in inputs())
+    layout = st.BlockLayout.from_pattern(PATTERN, 50, block_size=16)
+    operands = [q, k, v, torch.randn(2, 4, layout.capacity).double(), torch.randn(2, 4, 50, 50).double()]
+
+    def run(backend):
+        *qkv, tile_bias, attn_bias = operands
+        out = st.sparse_attention(*qkv, layout, tile_bias=tile_bias, attn_bias=attn_bias, backend=backend)
+        assert out.requires_grad
+        return torch.autograd.grad(out.square().sum(), operands[which])[0]
+
+    operands[which] = operands[which].requires_grad_()
+    torch.testing.assert_close(run("auto"), run("reference"))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("which", range(3), ids="qkv")
+def test_one_input_of_another_stride(which, backend):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    operands = [torch.randn(1, 2, 40, 16, device=device).requires_grad_() for _ in range(3)]
+    strided = operands[which].detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
+    assert strided.stride(-1) != 1
+    others = [*operands[:which], strided, *operands[which + 1 :]]
+    # The gradient of another stride too.
+    weight = torch.randn(1, 2, 16, 40, device=device).transpose(2, 3)
+    want, got = (
+        (
+            out := st.sparse_attention(*x, PATTERN, block_size=16, backend=backend),
+            *torch.autograd.grad(out, x, weight),
+        )
+        for x in (operands, others)
+    )
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
