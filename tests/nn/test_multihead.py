@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 import random
+import re
 import warnings
 
 import pytest
@@ -308,6 +309,27 @@ def test_what_pytorch_rejects_is_rejected_with_an_error_of_its_kind(name):
     if name not in ("key width", "dtype"):  # these are the projection's own
         assert isinstance(caught.value, SparsetileError)
         assert "expected" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"key": None}, "key: expected a torch.Tensor, got NoneType"),
+        ({"attn_mask": [[0.0]]}, "attn_mask: expected a torch.Tensor, got list"),
+        ({"key_padding_mask": [True]}, "key_padding_mask: expected a torch.Tensor, got list"),
+        (
+            {"attn_mask": torch.zeros(6, 6, device="meta")},
+            "attn_mask: expected a tensor on cpu, got one on meta",
+        ),
+        (
+            {"key_padding_mask": torch.zeros(2, 6, device="meta")},
+            "key_padding_mask: expected a tensor on cpu",
+        ),
+    ],
+)
+def test_arguments_of_another_type_or_device_are_named(arguments, says):
+    with pytest.raises(ArgumentError, match=re.escape(says)):
+        Multihead(16, 2, batch_first=True)(**({"query": X, "key": X, "value": X} | arguments))
 
 
 def test_a_dropout_that_cannot_be_is_rejected():

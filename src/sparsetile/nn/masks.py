@@ -107,10 +107,12 @@ def masks_of(
         # the top left and ours ends at the bottom right, so the mask itself is used.
         is_causal = is_causal and q_len == k_len
         if not is_causal:
+            _check_device("attn_mask", attn_mask, query)
             bias = _additive(attn_mask, query.dtype)
             bias = bias[None, None] if bias.dim() == 2 else bias.view(batch, heads, q_len, k_len)
     if key_padding_mask is not None:
         _check_kind("key_padding_mask", key_padding_mask)
+        _check_device("key_padding_mask", key_padding_mask, query)
         expected = (batch, k_len) if batched else (k_len,)
         if tuple(key_padding_mask.shape) != expected:
             _reject(
@@ -129,7 +131,14 @@ def masks_of(
     return Masks(is_causal, padding, bias)
 
 
-def _check_kind(name: str, mask: Tensor) -> None:
+def _check_device(name: str, mask: Tensor, query: Tensor) -> None:
+    if mask.device != query.device:
+        _reject(name, f"a tensor on {query.device}", f"one on {mask.device}", "Move it with .to(device).")
+
+
+def _check_kind(name: str, mask: object) -> None:
+    if not isinstance(mask, Tensor):
+        _reject(name, "a torch.Tensor", type(mask).__name__, "Convert it first.")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         _reject(name, "a bool or floating-point tensor", mask.dtype, "mask.bool() makes True = not allowed.")
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsetile.arguments import check_types
 from sparsetile.errors import ArgumentError, explain
 from sparsetile.functional import merge_attention, sparse_attention
 from sparsetile.kernels.select import check_name
@@ -164,6 +165,8 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
             ArgumentError: dense weights past 1 GiB; sparse weights of a module with appended keys.
         """
         check_form(weights, need_weights)
+        if not (type(query) is type(key) is type(value) is Tensor):
+            check_types(query=query, key=key, value=value)
         if query.is_nested or key.is_nested or value.is_nested:
             masked = key_padding_mask is not None or attn_mask is not None
             return self._attend_nested(query, key, value, masked or need_weights), None
