@@ -7,6 +7,7 @@ import torch.distributed as dist
 import sparsetile as st
 from sparsetile.errors import ArgumentError, NotBuiltError, PatternError
 from sparsetile.nn import factory
+from sparsetile.nn.adaptive import BlockSparseAdaptive
 from sparsetile.nn.presets import PRESETS, Preset
 
 
@@ -22,7 +23,9 @@ def test_the_announced_interface():
     for name in ("ultra_sparse", "local", "dilated", "global_local", "adaptive_standard"):
         assert st.get_block_sparse_preset(name).name == name
     assert isinstance(st.create_block_sparse_attention(variant="auto"), st.BlockSparseRingDilatedAttention)
-    # These two say that they are not there yet.
+    adaptive = st.create_adaptive_block_sparse(base_sparsity=0.9, temperature=1.0, learnable_temperature=True)
+    assert adaptive(x, x, x).shape == x.shape
+    # This one says that it is not there yet.
     with pytest.raises(NotBuiltError, match="distributed"):
         st.create_block_sparse_attention(
             variant="distributed",
@@ -30,8 +33,6 @@ def test_the_announced_interface():
                 enable_memory_optimization=True, gradient_compression_ratio=0.1
             ),
         )
-    with pytest.raises(NotBuiltError, match="adaptive"):
-        st.create_adaptive_block_sparse(base_sparsity=0.9, temperature=1.0, learnable_temperature=True)
 
 
 def test_auto_chooses_and_says_why(tmp_path):
@@ -39,8 +40,8 @@ def test_auto_chooses_and_says_why(tmp_path):
     base = st.create_block_sparse_attention(sparsity_ratio=0.3)
     assert "variant='base' by 'auto': no embed_dim" in repr(base)
     assert "auto" not in repr(st.create_block_sparse_attention("base"))
-    with pytest.raises(NotBuiltError, match="adaptive"):
-        st.create_block_sparse_attention(adaptive_config=st.AdaptiveConfig())
+    adaptive = st.create_block_sparse_attention(adaptive_config=st.AdaptiveConfig())
+    assert "variant='adaptive' by 'auto': adaptive_config is given" in repr(adaptive)
     with pytest.raises(NotBuiltError, match="distributed"):
         st.create_block_sparse_attention(distributed_config=st.DistributedSparseConfig())
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -82,6 +83,18 @@ def test_options_reach_the_module():
         ),
         (lambda: st.create_block_sparse_attention("base", sparsity_ratio=1.5), PatternError, "1.5"),
         (lambda: st.create_adaptive_block_sparse(base_sparsity=1.0), ArgumentError, "base_sparsity"),
+        (lambda: st.create_adaptive_block_sparse(selektion="top_p"), ArgumentError, "options among"),
+        (lambda: st.create_adaptive_block_sparse(dropot=0.1), ArgumentError, "Did you mean 'dropout'"),
+        (
+            lambda: st.create_adaptive_block_sparse(sparsity_ratio=0.1),
+            ArgumentError,
+            "belongs to variant 'base'",
+        ),
+        (
+            lambda: st.create_block_sparse_attention("base", num_heads=2),
+            ArgumentError,
+            "'multihead' or 'adap",
+        ),
         (lambda: st.create_block_sparse_attention(distributed_config={}), ArgumentError, "got {}"),
         (lambda: st.create_block_sparse_attention(adaptive_config=0.9), ArgumentError, "AdaptiveConfig"),
         (lambda: st.get_block_sparse_preset(["local"]), ArgumentError, "one of"),
@@ -115,8 +128,18 @@ def test_the_adaptive_preset_is_a_value():
     assert preset.adaptive_config == st.AdaptiveConfig(0.9, 1.0, True)
     with pytest.raises(ArgumentError, match="learns it"):
         preset.pattern_for()
-    with pytest.raises(NotBuiltError):
-        preset.create()
+    module = preset.create(dropout=0.1)
+    assert isinstance(module, BlockSparseAdaptive) and module.config == preset.adaptive_config
+    x = torch.randn(1, 200, 2, 16)
+    assert module(x, x, x, is_causal=True).shape == x.shape and module.dropout == 0.1
+
+
+def test_options_of_the_adaptive_variant_reach_config_and_module():
+    module = st.create_adaptive_block_sparse(
+        0.5, hidden_dim=8, selection="top_p", num_heads=4, num_kv_heads=2, head_dim=16, scale=0.3
+    )
+    assert module.config == st.AdaptiveConfig(0.5, hidden_dim=8, selection="top_p")
+    assert module.scale == 0.3 and module.scorer.w_q.shape == (8, 16)
 
 
 def test_names_of_variants_are_known():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch.distributed
 
 from sparsetile.distributed.config import DistributedSparseConfig
 from sparsetile.errors import ArgumentError, NotBuiltError, explain
-from sparsetile.nn.adaptive import AdaptiveConfig
+from sparsetile.nn.adaptive import AdaptiveConfig, BlockSparseAdaptive
 from sparsetile.nn.attention import BlockSparseRingDilatedAttention
 from sparsetile.nn.multihead import BlockSparseRingMultiheadDilatedAttention
 from sparsetile.nn.plan import Planned
@@ -37,11 +38,13 @@ def create_block_sparse_attention(
 
     Args:
         variant: ``"base"`` (q, k, v ``[B, N, H, D]`` in), ``"multihead"`` (a drop-in for
-            ``nn.MultiheadAttention``), ``"distributed"``, ``"adaptive"``, or ``"auto"``: multihead if there
+            ``nn.MultiheadAttention``), ``"distributed"``, ``"adaptive"`` (q, k, v as base; tiles are chosen
+            for each input, by a scorer that learns), or ``"auto"``: multihead if there
             is an ``embed_dim``, else distributed if there is a ``distributed_config`` or an initialised
             process group, else adaptive if there is an ``adaptive_config``, else base. The module's repr
             says which and why.
-        embed_dim, num_heads: width and heads of the multihead variant.
+        embed_dim, num_heads: width and heads of the multihead variant; ``num_heads`` also of the adaptive
+            one, with ``head_dim`` among the options, if its parameters shall not wait for the first forward.
         segment_lengths, dilation_rates: branches (tokens, tiles) of a dilated pattern.
         sparsity_ratio: the density asked for, in (0, 1]: 0.01 keeps one tile in a hundred.
         sparse_config: kind and sizes of the pattern, instead of ``sparsity_ratio``.
@@ -50,7 +53,7 @@ def create_block_sparse_attention(
 
     Raises:
         ArgumentError: an unknown variant or option, or an argument that the variant has no use for.
-        NotBuiltError: the distributed and adaptive variants, for now.
+        NotBuiltError: the distributed variant, for now.
         PatternError: impossible segments, rates, density or sizes.
 
     Example:
@@ -73,11 +76,16 @@ def create_block_sparse_attention(
     if variant == "auto":
         variant, why = _choose(embed_dim, distributed_config, adaptive_config)
         chosen = f"variant={variant!r} by 'auto': {why}"
-    own = {
-        "embed_dim": (embed_dim, "multihead"),
-        "num_heads": (num_heads, "multihead"),
-        "distributed_config": (distributed_config, "distributed"),
-        "adaptive_config": (adaptive_config, "adaptive"),
+    patterned = ("base", "multihead", "distributed")
+    own: dict[str, tuple[object, tuple[str, ...]]] = {
+        "embed_dim": (embed_dim, ("multihead",)),
+        "num_heads": (num_heads, ("multihead", "adaptive")),
+        "distributed_config": (distributed_config, ("distributed",)),
+        "adaptive_config": (adaptive_config, ("adaptive",)),
+        "segment_lengths": (segment_lengths, patterned),
+        "dilation_rates": (dilation_rates, patterned),
+        "sparsity_ratio": (sparsity_ratio, patterned),
+        "sparse_config": (sparse_config, patterned),
     }
     kinds = {"distributed_config": DistributedSparseConfig, "adaptive_config": AdaptiveConfig}
     for name, kind in kinds.items():
@@ -91,25 +99,20 @@ def create_block_sparse_attention(
                     fix=f"Make it with {kind.__name__}(…).",
                 )
             )
-    for name, (value, owner) in own.items():
-        if value is not None and variant != owner:
+    for name, (value, owners) in own.items():
+        if value is not None and variant not in owners:
             raise ArgumentError(
                 explain(
                     name,
                     expected=f"None for variant {variant!r}",
                     got=repr(value),
-                    fix=f"It belongs to variant {owner!r}.",
+                    fix=f"It belongs to variant {' or '.join(map(repr, owners))}.",
                 )
             )
     if variant == "distributed":
         raise NotBuiltError(
             "variant 'distributed': the configuration was checked, the exchange between ranks is not built "
             "yet. Use variant 'base' on each GPU's own sequences."
-        )
-    if variant == "adaptive":
-        raise NotBuiltError(
-            "variant 'adaptive': the configuration was checked, the learned selection is not built yet. Use "
-            "variant 'base' with a fixed pattern."
         )
     given: dict[str, Any] = {"sparse_config": sparse_config, "sparsity_ratio": sparsity_ratio}
     given |= {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
@@ -127,6 +130,9 @@ def create_block_sparse_attention(
             )
         _check_options(BlockSparseRingMultiheadDilatedAttention, options)
         made = BlockSparseRingMultiheadDilatedAttention(embed_dim, num_heads, **given, **options)
+    elif variant == "adaptive":
+        _check_options(BlockSparseAdaptive, options)
+        made = BlockSparseAdaptive(adaptive_config, num_heads=num_heads, **options)
     else:
         _check_options(BlockSparseRingDilatedAttention, options)
         made = BlockSparseRingDilatedAttention(**given, **options)
@@ -153,16 +159,34 @@ def create_adaptive_block_sparse(
     temperature: float = 1.0,
     learnable_temperature: bool = False,
     **options: Any,
-) -> Planned:
+) -> BlockSparseAdaptive:
     """``create_block_sparse_attention(variant="adaptive", …)`` with these values in an
     :class:`AdaptiveConfig`.
 
+    Args:
+        base_sparsity: share of tiles left out, in [0, 1): 0.9 keeps 10 %.
+        temperature: of the selection, > 0.
+        learnable_temperature: whether training moves it.
+        options: further fields of :class:`AdaptiveConfig`, and arguments of :class:`BlockSparseAdaptive`.
+
     Raises:
-        ArgumentError: a value is out of its range.
-        NotBuiltError: for now, always.
+        ArgumentError: a value is out of its range, or an option is unknown.
+
+    Example:
+        >>> import torch, sparsetile as st
+        >>> attention = st.create_adaptive_block_sparse(
+        ...     base_sparsity=0.9, temperature=1.0, learnable_temperature=True
+        ... )
+        >>> q = k = v = torch.randn(1, 2048, 4, 64)
+        >>> attention(q, k, v).shape
+        torch.Size([1, 2048, 4, 64])
     """
-    config = AdaptiveConfig(base_sparsity, temperature, learnable_temperature)
-    return create_block_sparse_attention("adaptive", adaptive_config=config, **options)
+    named = {field.name for field in fields(AdaptiveConfig)}
+    settings = {name: options.pop(name) for name in tuple(options) if name in named}
+    config = AdaptiveConfig(base_sparsity, temperature, learnable_temperature, **settings)
+    made = create_block_sparse_attention("adaptive", adaptive_config=config, **options)
+    assert isinstance(made, BlockSparseAdaptive)
+    return made
 
 
 def _choose(
@@ -182,7 +206,8 @@ def _choose(
 
 
 def _check_options(made: Callable[..., Any], options: dict[str, Any]) -> None:
-    known = [name for name in inspect.signature(made).parameters if name not in ("embed_dim", "num_heads")]
+    named = ("embed_dim", "num_heads", "config")
+    known = [name for name in inspect.signature(made).parameters if name not in named]
     for name in options:
         if name not in known:
             raise ArgumentError(

@@ -62,7 +62,7 @@ class Preset:
                     f"preset {self.name!r}",
                     expected="a preset with a fixed pattern",
                     got=f"variant {self.variant!r}, which learns it",
-                    fix="Ask the module for its layout.",
+                    fix="Make the module, call it, and ask for its last_layout.",
                 )
             )
         plan = SparsePlan.of(self.segment_lengths, self.dilation_rates, self.sparse_config, None)

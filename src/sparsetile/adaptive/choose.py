@@ -1,0 +1,79 @@
+"""Which tiles a call keeps, by the settings of a module: causal calls know nothing of what is to come."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsetile.adaptive.config import AdaptiveConfig
+from sparsetile.adaptive.places import Places
+from sparsetile.adaptive.scorer import ImportanceScorer
+from sparsetile.adaptive.seen import Seen
+from sparsetile.adaptive.select import select_tiles
+from sparsetile.patterns.budget import tiles_for
+
+
+@torch.no_grad()
+def choose_tiles(
+    seen: Seen,
+    config: AdaptiveConfig,
+    scorer: ImportanceScorer,
+    *,
+    threshold: Tensor,
+    temperature: Tensor,
+    noise: Tensor | None,
+) -> Places:
+    """The tiles of each row and the layout of them, without a host sync.
+
+    Args:
+        threshold: θ, ``[G or 1]``.
+        temperature: τ, a scalar.
+        noise: seed of the Gumbel noise (``draw_seed``), or None.
+    """
+    batch, groups, nq, nk = seen.shape
+    own, last = seen.own, seen.reach
+    most = config.places_for(nk)
+    options: dict[str, Any] = {}
+    if config.selection == "top_k":
+        limit = tiles_for(config.density, last + 1)
+        # The second tile of a row that lies astride counts, and is added below.
+        options["limit"] = (limit - (own < last).long()).clamp(min=1) if seen.astride else limit
+    else:
+        options |= {"top_p": config.p, "k_min": min(config.k_min, most)}
+    column = torch.arange(nk, device=own.device)
+    # The own tile of a causal row holds what comes after its first query, so it has no score. Where its mass
+    # is asked for, by top_p, it passes for a tile on the verge.
+    verge = threshold.to(scorer.compute_dtype).view(-1, 1, 1)
+
+    def rows(start: int, stop: int) -> Tensor:
+        scores = scorer.rows(seen.features, start, stop)
+        if seen.is_causal:
+            home = own[start:stop, None]
+            scores = torch.where(column == home, verge, scores).masked_fill(column > home, -math.inf)
+        return scores
+
+    indices = select_tiles(
+        rows,
+        seen.shape,
+        most,
+        is_causal=seen.is_causal,
+        offset_tokens=seen.k_len - seen.q_len,
+        block=seen.block,
+        temperature=temperature,
+        noise=noise,
+        sink=config.sink,
+        valid_keys=seen.valid,
+        **options,
+    ).indices
+    if seen.astride:
+        second = torch.where(own < last, own + 1, -1).expand(batch, nq)
+        if seen.valid is not None:
+            second = torch.where(seen.valid[:, second[0].clamp(min=0)], second, -1)
+        second = second[:, None, :, None].expand(-1, groups, -1, -1)
+        # Where nothing else was left it may have been chosen already.
+        indices = torch.where(indices > own[:, None], -1, indices)
+        indices = torch.cat((indices, second.to(indices.dtype)), -1)
+    return Places.of(indices, seen.heads, seen.q_len, seen.k_len, seen.block, seen.is_causal)

@@ -1,0 +1,145 @@
+"""What trains a scorer besides the model's own loss, and the quantities that these losses need."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparsetile.functional import sparse_attention
+from sparsetile.layout.blocks import BlockLayout
+
+
+@torch.no_grad()
+def kept_mass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: BlockLayout,
+    tile_bias: Tensor,
+    *,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    """The attention mass of every kept tile, ``m_e = ∂ Σ_q lse_q / ∂β_e = Σ_{q, k ∈ e} softmax(q·k)``.
+
+    It is the kernels' tile-bias gradient at a log-sum-exp gradient of 1: one backward pass, from the
+    log-sum-exp that the forward saved.
+
+    Args:
+        q, k, v, out, lse: of a ``sparse_attention`` call, ``[B, H, N, D]`` and ``[B, H, Nq]``.
+        layout, tile_bias, key_padding_mask, scale, backend: of that call; tile_bias ``[1, 1, capacity]``.
+
+    Returns:
+        ``[1, 1, capacity]`` in the dtype of ``tile_bias``, summed over what shares a tile.
+    """
+    q, k, v = q.to(out.dtype), k.to(out.dtype), v.to(out.dtype)
+    geometry = [layout.q_len, layout.k_len, layout.block_q, layout.block_k, layout.batch, layout.heads]
+    features = (tile_bias, None, key_padding_mask, None, scale, 0.0)
+    call = (list(layout.tensors()), "", geometry, *features, backend)
+    zeros, ones = torch.zeros_like(out), torch.ones_like(lse)
+    grads = torch.ops.sparsetile.attention_backward(zeros, ones, q, k, v, out, lse, *call, True, False)
+    mass: Tensor = grads[3]
+    return mass.sum_to_size(1, 1, mass.shape[-1]).to(tile_bias.dtype)
+
+
+def dense_mass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: int,
+    block: int,
+    *,
+    is_causal: bool,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    """The mass that dense attention of one query tile puts on each key tile, ``Σ_{q, k ∈ e} softmax(q·k)``.
+
+    Args:
+        q, k, v: ``[B, H, Nq, D]``, ``[B, Hkv, Nk, D]``.
+        start: first query of the tile, of ``block`` tokens.
+
+    Returns:
+        ``[B, H, k_blocks]`` without gradient; fp32, float64 for float64 inputs. Memory O(k_blocks).
+    """
+    batch, heads, q_len, _ = q.shape
+    k_blocks = -(-k.shape[2] // block)
+    rows = q[:, :, start : start + block].detach()
+    # The causal mask of a layout ends at the bottom right: the keys go as far as the tile's last query.
+    end = k.shape[2] - (q_len - start - rows.shape[2] if is_causal else 0)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if end <= 0:
+        return torch.zeros((batch, heads, k_blocks), dtype=dtype, device=q.device)
+    every = torch.arange(-(-end // block), device=q.device).view(1, 1, 1, -1)
+    layout = BlockLayout.from_topk(every, rows.shape[2], end, block, is_causal)
+    if key_padding_mask is not None:
+        key_padding_mask = key_padding_mask[:, :end]
+    with torch.enable_grad():
+        bias = torch.zeros((batch, heads, layout.capacity), dtype=dtype, device=q.device, requires_grad=True)
+        _, lse = sparse_attention(
+            rows,
+            k[:, :, :end].detach(),
+            v[:, :, :end].detach(),
+            layout,
+            tile_bias=bias,
+            scale=scale,
+            key_padding_mask=key_padding_mask,
+            enable_gqa=True,
+            backend=backend,
+            return_lse=True,
+        )
+        # A query that may see nothing has a log-sum-exp of −inf, and no part in the mass.
+        (mass,) = torch.autograd.grad(lse.masked_fill(torch.isneginf(lse), 0.0).sum(), bias)
+    return torch.nn.functional.pad(mass, (0, k_blocks - mass.shape[-1]))
+
+
+def divergence(mass: Tensor, logits: Tensor, counted: Tensor) -> Tensor:
+    """``mean over rows of KL(m / Σm ‖ softmax(logits))``, both over the counted tiles of the row.
+
+    Args:
+        mass: ``[..., n]`` ≥ 0, without gradient.
+        logits: ``[..., n]``; gradients reach them alone.
+        counted: bool ``[..., n]``.
+
+    Returns:
+        a scalar ≥ 0; rows without counted mass do not count, and without any row it is 0.
+    """
+    mass = torch.where(counted, mass.detach(), 0.0)
+    total = mass.sum(-1, keepdim=True)
+    rows = total > 0
+    share = mass / torch.where(rows, total, 1.0)
+    # A finite stand-in for −inf: rows without any counted tile would else be NaN, in the gradient as well.
+    low = torch.finfo(logits.dtype).min / 4
+    predicted = torch.where(counted, logits, low).log_softmax(-1)
+    each = torch.where(
+        share > 0, share * (share.clamp(min=torch.finfo(share.dtype).tiny).log() - predicted), 0.0
+    )
+    return each.sum() / rows.sum().clamp(min=1)
+
+
+def effective_tiles(logits: Tensor, allowed: Tensor) -> Tensor:
+    """How many tiles a row's predicted mass is spread over: ``exp(−Σ_e π_e log π_e)``, π the softmax of the
+    logits over the allowed tiles. n equal tiles give n, one that has it all gives 1.
+
+    Args:
+        logits: ``[..., n]``, allowed: bool, broadcastable.
+
+    Returns:
+        ``[...]``; 0 where nothing is allowed.
+    """
+    low = torch.finfo(logits.dtype).min / 4
+    log_share = torch.where(allowed, logits, low).log_softmax(-1)
+    share = log_share.exp()
+    entropy = -(torch.where(allowed, share * log_share, 0.0)).sum(-1)
+    return torch.where(allowed.any(-1), entropy.exp(), 0.0)
+
+
+def log_odds(sigma: float) -> float:
+    """x with σ(x) = ``sigma``."""
+    return math.log(sigma / (1.0 - sigma))
