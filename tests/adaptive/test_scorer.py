@@ -119,9 +119,12 @@ def test_the_mlp_is_two_linear_layers_on_the_concatenation():
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12, msg=f"seed {seed}")
 
 
-def test_the_mlp_starts_as_linear_layers_do():
-    scorer = ImportanceScorer(50, 200, num_heads=4)
-    for name, inputs in (("w_q", 100), ("w_k", 100), ("b1", 100), ("w2", 200)):
+def test_layers_start_as_linear_layers_do():
+    mlp = ImportanceScorer(50, 200, num_heads=4)
+    indexer = ImportanceScorer(50, 200, num_heads=4, form="indexer")
+    cases = [(mlp, "w_q", 100), (mlp, "w_k", 100), (mlp, "b1", 100), (mlp, "w2", 200)]
+    cases += [(indexer, "w_q", 50), (indexer, "w_k", 50), (indexer, "w_gate", 50)]
+    for scorer, name, inputs in cases:
         values = getattr(scorer, name)
         bound = 1 / math.sqrt(inputs)
         assert values.abs().max() <= bound

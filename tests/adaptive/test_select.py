@@ -245,6 +245,9 @@ def test_easy_rows_keep_fewer_tiles():
     scores[0, 0, 0, 10] = 20.0
     chosen = causal(scores, 64, is_causal=False, own=False, top_p=0.9)
     assert (chosen[0, 0] >= 0).sum(-1).tolist() == [1, 58]  # 57/64 is less than 0.9, 58/64 is not
+    for top_p, places in ((0.8906, 57), (0.8907, 58)):  # 57/64 = 0.890625
+        chosen = causal(scores, 64, is_causal=False, own=False, top_p=top_p)
+        assert (chosen[0, 0] >= 0).sum(-1).tolist() == [1, places]
     bounded = causal(scores, 64, is_causal=False, own=False, top_p=0.9, k_min=3, k_max=20)
     assert bounded.shape[-1] == 20
     assert (bounded[0, 0] >= 0).sum(-1).tolist() == [3, 20]
@@ -261,6 +264,25 @@ def test_noise_is_the_stated_hash():
         for b in line.flatten().tolist()
     ]
     torch.testing.assert_close(got.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-5)
+
+
+def unmixed(x):
+    """The number that ``mixed`` takes to x."""
+    x ^= x >> 16
+    x = x * pow(0x846CA68B, -1, 2**32) % 2**32
+    x ^= x >> 15 ^ x >> 30
+    x = x * pow(0x7FEB352D, -1, 2**32) % 2**32
+    return x ^ (x >> 16)
+
+
+@pytest.mark.parametrize("bits", [0, 2**32 - 1])
+def test_noise_is_finite_at_its_ends(bits):
+    seed, line, row = int(torch.randint(2**62, ())), 3, 14
+    stream = mixed(seed % 2**32 ^ mixed(((seed >> 32) + line) % 2**32))
+    col = (mixed((stream + row) % 2**32) ^ unmixed(bits)) * pow(0x9E3779B1, -1, 2**32) % 2**32
+    got = gumbel(torch.tensor([seed]), torch.tensor(line), torch.tensor(row), torch.tensor([col]))
+    expected = -math.log(math.log(2**24)) if bits == 0 else -math.log(-math.log1p(-(2.0**-24)))
+    assert got.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_noise_is_gumbel_and_independent():
@@ -355,24 +377,24 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize("form", ["mlp", "bilinear", "indexer"])
 def test_memory_is_the_kept_tiles_and_one_chunk(form):
-    n, hidden, k = 8192, 16, 16
+    nq, nk, hidden = 4096, 8192, 8
     with FakeTensorMode():
         scorer = ImportanceScorer(32, hidden, form=form)
-        q, k_sum = torch.empty(1, 1, n, 32), torch.empty(1, 1, n, 32)
+        q, k = torch.empty(1, 1, nq, 32), torch.empty(1, 1, nk, 32)
         with Live() as live, torch.no_grad():
-            features = scorer.features(q, k_sum)
+            features = scorer.features(q, k)
             kept = select_tiles(
                 lambda a, b: scorer.rows(features, a, b),
-                (1, 1, n, n),
-                k,
+                (1, 1, nq, nk),
+                16,
                 is_causal=True,
-                offset_tokens=0,
+                offset_tokens=(nk - nq) * 128,
                 block=128,
                 noise=torch.zeros(1, dtype=torch.int64),
                 top_p=0.9,
             )
-            assert live.now >= kept.indices.numel() * 4 + features.a.numel() * 8
-    # 8192² scores alone would be 256 MiB, and hidden times that 4 GiB.
+            assert live.now >= kept.indices.numel() * 4 + (nq + nk) * hidden * 4
+    # All scores at once would be 128 MiB, and hidden times that 1 GiB.
     assert CHUNK_SCORES * 4 < live.peak < 80 * 2**20
 
 

@@ -127,7 +127,7 @@ def select_tiles(
         temperature: τ > 0, a number, or a tensor ``[]`` or ``[G]`` (whose sign is not looked at).
         noise: int64 seed ``[1]`` on the device of the scores (``kernels.dropout.draw_seed``); None: no noise.
         valid_keys: bool ``[B, nk]``, False: no row may keep the tile.
-        limit: integers ``[nq]`` or ``[B, G, nq]``: at most so many places of a row are used.
+        limit: integers ``[nq]`` or ``[B, G, nq]`` on that device: at most so many places of a row are used.
         top_p: in (0, 1]; None keeps k tiles.
         k_min, k_max: bounds of the places used with ``top_p``; k_max defaults to k, and replaces it.
         chunk: rows scored at a time; by default as many as make 2²⁰ scores, one at least.
@@ -163,7 +163,7 @@ def select_tiles(
     indices = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
     if limit is not None:
         place = torch.arange(width, device=indices.device)
-        indices = torch.where(place < limit.to(indices.device)[..., None], indices, -1)
+        indices = torch.where(place < limit[..., None], indices, -1)
     return Selection(indices)
 
 

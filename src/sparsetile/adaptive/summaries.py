@@ -167,11 +167,8 @@ def _mean(piece: Tensor, valid: Tensor | None, wide: torch.dtype) -> Tensor:
 def _max_min(piece: Tensor, valid: Tensor | None, wide: torch.dtype) -> Tensor:
     if valid is None:
         return torch.cat((piece.amax(-2), piece.amin(-2)), -1).to(wide)
-    # An empty tile is filled with zeros, so that no infinity enters its gradient.
-    ignored = ~valid & valid.any(-2, keepdim=True)
-    piece = piece.masked_fill(~valid, 0.0)
-    top = piece.masked_fill(ignored, -torch.inf).amax(-2)
-    bottom = piece.masked_fill(ignored, torch.inf).amin(-2)
+    top = piece.masked_fill(~valid, -torch.inf).amax(-2)
+    bottom = piece.masked_fill(~valid, torch.inf).amin(-2)
     both = torch.cat((top, bottom), -1).to(wide)
     return both.masked_fill(~valid.any(-2), 0.0)
 
