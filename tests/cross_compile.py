@@ -35,7 +35,7 @@ _NAMES = {
 
 def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict[str, Any]) -> Any:
     """The launch that a small call makes. Options: ``block``, ``whole`` (no partial tiles), ``short``
-    (at most two tiles a row), ``featured``."""
+    (at most two tiles a row), ``featured``; of ``topk``, whose head_dim is hidden: see ``selection_of``."""
     from sparsetile.kernels import triton_launch
     from sparsetile.kernels.request import Request
     from sparsetile.kernels.triton_config import Target
@@ -60,6 +60,8 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
         tile_bias=tile,
     )
     on = Target(TARGETS[target][3], 1)  # type: ignore[arg-type]
+    if kernel == "topk":
+        return selection_of(head_dim, q.dtype, options)
     if kernel == "forward":
         return triton_launch.forward_launches(q, k, k, q, statistic, request, on)[0]
     if kernel in ("delta", "backward"):
@@ -70,6 +72,23 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
         arguments = (q, k, k, *saved, q, k, k, tile_grad, bias_grad, request, on)
         return triton_launch.backward_launches(*arguments)[kernel == "backward"]
     raise ValueError(f"no kernel {kernel!r}")
+
+
+def selection_of(hidden: int, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    """The launch of ``topk_rows``. Options: ``k``, ``tiles`` (of queries and of keys), ``featured`` (noise, a
+    learned temperature, the sink and a mask)."""
+    from sparsetile.kernels import triton_select
+
+    k, tiles, featured = options.get("k", 16), options.get("tiles", 1024), options.get("featured", False)
+    rows = torch.zeros(1, 32, tiles, hidden, dtype=dtype)
+    weight, seed = torch.zeros(32, hidden), torch.zeros(1, dtype=torch.int64)
+    given = (weight, weight[:, 0], torch.ones(32)) if featured else (weight, None, 1.0)
+    noise, valid = (seed, torch.ones(1, tiles, dtype=torch.bool)) if featured else (None, None)
+    out = torch.zeros(1, 32, tiles, k, dtype=torch.int32), torch.zeros(1, 32, tiles, k)
+    return triton_select.launch(
+        rows, rows, *given, noise, valid, *out,
+        is_causal=True, offset=0, block=128, own=True, sink=featured,
+    )  # fmt: skip
 
 
 def compiled(launch: Any, target: str) -> Any:
@@ -127,7 +146,7 @@ def main() -> None:
     for case in json.load(sys.stdin):
         kernel, head_dim, dtype, target, options = case
         launch = launch_of(kernel, head_dim, dtype, target, options)
-        names = ("M", "N", "ROWS_M", "ROWS_N", "COLUMNS_M", "COLUMNS_N")
+        names = ("M", "N", "ROWS", "SLOTS", "LANES", "KEPT", "ROWS_M", "ROWS_N", "COLUMNS_M", "COLUMNS_N")
         tiles = [launch.arguments[name] for name in names if name in launch.arguments]
         tiles += launch.options.values()
         print(
