@@ -119,6 +119,13 @@ def test_autocast_takes_its_dtype():
     assert q.grad.dtype == torch.float32
 
 
+def test_autocast_leaves_double_precision():
+    q = torch.randn(1, 2, 40, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = st.sparse_attention(q, q, q, st.Local(9))
+    assert torch.equal(out, st.sparse_attention(q, q, q, st.Local(9)))
+
+
 def test_gradcheck():
     q, k, v = inputs(batch=1, heads=2, kv_heads=1, q_len=19, k_len=19, dim=16)
     layout = st.BlockLayout.from_pattern(st.Local(7) & st.Causal(), 19, block_size=16)

@@ -199,6 +199,17 @@ def test_the_density_asked_for_is_used():
     assert module.density_for(2048).realised == pytest.approx(0.25)
 
 
+def test_weights_are_of_the_tiles_of_the_blocks_asked_for():
+    config = SparsePatternConfig("local_window", 0.3, block_size=16)
+    ours, dense = pair(16, 2, batch_first=True, dtype=torch.float64, sparse_config=config)
+    x = torch.randn(2, 96, 16, dtype=torch.float64)
+    wanted, wanted_weights = dense(x, x, x, attn_mask=forbidden(ours, 96, 96, None, False, 2))
+    for form in ("dense", "sparse"):
+        out, weights = ours(x, x, x, weights=form)
+        torch.testing.assert_close(out, wanted)
+        torch.testing.assert_close(weights if form == "dense" else weights.to_dense(), wanted_weights)
+
+
 def test_a_density_that_cannot_be_warns_once():
     config = SparsePatternConfig("ultra_sparse", 0.001, block_size=16)
     x = torch.randn(400, 1, 16)
@@ -432,6 +443,9 @@ def test_empty_inputs(shapes, need_weights):
         got, want = (m(query, key, key, need_weights=need_weights) for m in (ours, dense))
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
+        for out, module in ((got[0], ours), (want[0], dense)):
+            out.sum().backward()
+            assert not module.in_proj_weight.grad[:32].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -230,6 +230,8 @@ def test_why_rows_span_two_rows():
 def test_a_layout_of_another_pattern_and_no_request():
     layout = BlockLayout.from_pattern(Local(100) & Causal(), 1000, block_size=16)
     assert "another pattern" in density_report(SparsePatternConfig("local_window", 0.5, 16), layout).reason
+    dense = density_report(SparsePatternConfig("local_window", 0.001, 16), layout)
+    assert "7 tiles more" in dense.reason and "no multiple" not in dense.reason
     report = density_report(SparsePatternConfig(Local(100)), layout, True)
     assert report == (None, layout.causal_density, None)
     # Rows before the first key ask for nothing.
