@@ -445,7 +445,7 @@ def test_empty_inputs(shapes, need_weights):
             torch.testing.assert_close(a, b)
         for out, module in ((got[0], ours), (want[0], dense)):
             out.sum().backward()
-            assert not module.in_proj_weight.grad[:32].any()
+            assert module.in_proj_weight.grad[:32].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
