@@ -234,3 +234,16 @@ def test_one_input_of_another_stride(which, backend):
     )
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
+
+
+def test_backward_drops_what_forward_dropped():
+    q, k, v = inputs(dtype=torch.float64)
+    for run in (
+        lambda: st.sparse_attention(q, k, v, PATTERN, dropout_p=0.4),
+        lambda: st.dilated_attention(q, k, v, [16, 50], [1, 2], dropout_p=0.4),
+    ):
+        # Linear in v, so the gradient times v is the output, if both dropped the same weights.
+        out = run()
+        weight = torch.randn_like(out)
+        (grad,) = torch.autograd.grad(out, v, weight)
+        torch.testing.assert_close((grad * v).sum(), (out * weight).sum())
