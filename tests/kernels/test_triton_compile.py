@@ -94,3 +94,24 @@ def test_other_targets_features_and_blocks() -> None:
         ]
     )
     assert_fit(results)
+
+
+def test_selection_fits_and_does_not_spill() -> None:
+    featured = {"featured": True}
+    results = compile_all(
+        [
+            ["topk", 32, "float32", "sm_90", {"k": 16}],
+            ["topk", 32, "bfloat16", "sm_90", {"k": 16, **featured}],
+            ["topk", 64, "float32", "sm_90", {"k": 32, **featured}],
+            ["topk", 64, "bfloat16", "sm_90", {"k": 32}],
+            ["topk", 64, "float32", "sm_90", {"k": 65, **featured}],
+            ["topk", 64, "float32", "sm_90", {"k": 129, **featured}],
+            ["topk", 30, "float16", "sm_90", {"k": 2, "tiles": 60, **featured}],
+            ["topk", 64, "float32", "sm_80", {"k": 32, **featured}],
+            ["topk", 64, "bfloat16", "sm_80", {"k": 32}],
+            ["topk", 32, "float32", "gfx942", {"k": 16, **featured}],
+            ["topk", 64, "bfloat16", "gfx942", {"k": 32}],
+        ]
+    )
+    assert_fit(results)
+    assert not [r for r in results if r["spilled"]], results
