@@ -289,6 +289,20 @@ def test_dropout_keeps_the_mean_and_follows_the_generator():
     assert error < 1 / math.sqrt(150)
 
 
+def test_dropout_reaches_every_strip():
+    # One strip for each head and for each branch; under ones as values a kept row without dropout is 1.
+    q, k = torch.zeros(2, 1, 2, 256, 16).unbind()
+    v = torch.ones(1, 2, 256, 16)
+    for rate in (2, 1):
+        out = dilated_attention(q, k, v, [64], [rate], dropout_p=0.5, head_offset="cyclic")[..., 0]
+        for head in range(2):
+            rows = out[0, head, head % rate :: rate]
+            assert ((rows - 1).abs() > 1e-3).float().mean() > 0.5
+    # Rows 1, 3, … of head 0 see the first branch alone, the others mostly the second.
+    mixed = dilated_attention(q, k, v, [4, 256], [1, 2], dropout_p=0.5, head_offset="cyclic")[0, 0, :, 0]
+    assert mixed[1::2].std() > 0.3 and 0.04 < mixed[::2].std() < 0.2
+
+
 @pytest.mark.parametrize("overlap", ["multiset", "once"])
 def test_dropout_drops_its_share(overlap):
     # Equal weights and values of 1: an output times 1 − p is the share of its weights that were kept.

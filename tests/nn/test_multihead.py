@@ -533,3 +533,13 @@ def test_nested_sequences_are_padded_for_the_while():
 
 def test_repr_shows_the_pattern():
     assert "Local(left=20, right=20)" in repr(pair(16, 2)[0])
+
+
+def test_a_longer_causal_mask_serves_where_the_hint_says_all():
+    # As in nn.MultiheadAttention, which never looks at it then.
+    ours = Multihead(16, 2, batch_first=True, sparsity_ratio=1.0)
+    x = torch.randn(1, 30, 16)
+    long = nn.Transformer.generate_square_subsequent_mask(50)
+    out, _ = ours(x, x, x, attn_mask=long, is_causal=True, need_weights=False)
+    wanted, _ = ours(x, x, x, attn_mask=long[:30, :30], is_causal=True, need_weights=False)
+    assert torch.equal(out, wanted)

@@ -95,18 +95,18 @@ def masks_of(
         )
     if attn_mask is not None:
         _check_kind("attn_mask", attn_mask)
-        flat, full = (q_len, k_len), (batch * heads, q_len, k_len)
-        if tuple(attn_mask.shape) not in (flat, full):
-            _reject(
-                "attn_mask",
-                f"[{q_len}, {k_len}] or [{batch}·{heads}, {q_len}, {k_len}]",
-                list(attn_mask.shape),
-                "See the docs of nn.MultiheadAttention.",
-            )
         # With L = S the hint says all that the mask says. With other lengths torch's causal mask starts at
         # the top left and ours ends at the bottom right, so the mask itself is used.
         is_causal = is_causal and q_len == k_len
+        flat, full = (q_len, k_len), (batch * heads, q_len, k_len)
         if not is_causal:
+            if tuple(attn_mask.shape) not in (flat, full):
+                _reject(
+                    "attn_mask",
+                    f"[{q_len}, {k_len}] or [{batch}·{heads}, {q_len}, {k_len}]",
+                    list(attn_mask.shape),
+                    "See the docs of nn.MultiheadAttention.",
+                )
             _check_device("attn_mask", attn_mask, query)
             bias = _additive(attn_mask, query.dtype)
             bias = bias[None, None] if bias.dim() == 2 else bias.view(batch, heads, q_len, k_len)

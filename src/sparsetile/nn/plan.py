@@ -18,6 +18,7 @@ from sparsetile.patterns.branches import segments_of
 from sparsetile.patterns.budget import DensityReport, density_report
 from sparsetile.patterns.config import SparsePatternConfig
 
+_MOST_LENGTHS = 1024
 DEFAULT_RATIO = 0.1
 """Density of a module that was told nothing about it."""
 
@@ -176,6 +177,8 @@ class Planned(nn.Module):
         q_len, k_len = query.shape[2], key.shape[2]
         if (q_len, k_len, is_causal) in seen or None in seen or not op.plain(query, key, key):
             return
+        if len(seen) >= _MOST_LENGTHS:
+            seen.clear()
         seen.add((q_len, k_len, is_causal))
         layout = self.plan.layout_for(q_len, k_len, is_causal)
         report = density_report(self.plan.config, layout, is_causal)
