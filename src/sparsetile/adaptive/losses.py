@@ -51,7 +51,7 @@ def dense_mass(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    start: int,
+    row: Tensor,
     block: int,
     *,
     is_causal: bool,
@@ -63,30 +63,33 @@ def dense_mass(
 
     Args:
         q, k, v: ``[B, H, Nq, D]``, ``[B, Hkv, Nk, D]``.
-        start: first query of the tile, of ``block`` tokens.
+        row: int64 ``[1]``: the query tile, of ``block`` tokens. Nobody waits for its value.
 
     Returns:
-        ``[B, H, k_blocks]`` without gradient; fp32, float64 for float64 inputs. Memory O(k_blocks).
+        ``[B, H, k_blocks]`` without gradient; fp32, float64 for float64 inputs. Memory O(k_blocks); when
+        causal O(block·Nk), for the mask.
     """
     batch, heads, q_len, _ = q.shape
-    k_blocks = -(-k.shape[2] // block)
-    rows = q[:, :, start : start + block].detach()
-    # The causal mask of a layout ends at the bottom right: the keys go as far as the tile's last query.
-    end = k.shape[2] - (q_len - start - rows.shape[2] if is_causal else 0)
+    k_len, device = k.shape[2], q.device
+    place = row * block + torch.arange(block, device=device)
+    # Past the end the last query stands in, with no part in the sum.
+    tokens = q.index_select(2, place.clamp(max=q_len - 1)).detach()
+    attn_bias = None
+    if is_causal:
+        ahead = torch.arange(k_len, device=device) > place[:, None] + (k_len - q_len)
+        attn_bias = torch.zeros(ahead.shape, dtype=q.dtype, device=device).masked_fill(ahead, -math.inf)
+        attn_bias = attn_bias[None, None]
+    every = torch.arange(-(-k_len // block), device=device).view(1, 1, 1, -1)
+    layout = BlockLayout.from_topk(every, block, k_len, block)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if end <= 0:
-        return torch.zeros((batch, heads, k_blocks), dtype=dtype, device=q.device)
-    every = torch.arange(-(-end // block), device=q.device).view(1, 1, 1, -1)
-    layout = BlockLayout.from_topk(every, rows.shape[2], end, block, is_causal)
-    if key_padding_mask is not None:
-        key_padding_mask = key_padding_mask[:, :end]
     with torch.enable_grad():
-        bias = torch.zeros((batch, heads, layout.capacity), dtype=dtype, device=q.device, requires_grad=True)
+        bias = torch.zeros((batch, heads, layout.capacity), dtype=dtype, device=device, requires_grad=True)
         _, lse = sparse_attention(
-            rows,
-            k[:, :, :end].detach(),
-            v[:, :, :end].detach(),
+            tokens,
+            k.detach(),
+            v.detach(),
             layout,
+            attn_bias=attn_bias,
             tile_bias=bias,
             scale=scale,
             key_padding_mask=key_padding_mask,
@@ -95,8 +98,9 @@ def dense_mass(
             return_lse=True,
         )
         # A query that may see nothing has a log-sum-exp of −inf, and no part in the mass.
-        (mass,) = torch.autograd.grad(lse.masked_fill(torch.isneginf(lse), 0.0).sum(), bias)
-    return torch.nn.functional.pad(mass, (0, k_blocks - mass.shape[-1]))
+        counted = (place < q_len) & ~torch.isneginf(lse)
+        (mass,) = torch.autograd.grad(torch.where(counted, lse, 0.0).sum(), bias)
+    return mass
 
 
 def divergence(mass: Tensor, logits: Tensor, counted: Tensor) -> Tensor:

@@ -59,11 +59,12 @@ class Seen:
         if config.query_summary == "first" or (config.query_summary == "auto" and is_causal):
             # Tiles of one token: the one that each tile of the layout begins with.
             of_query = None if of_query is None else of_query[:, ::block]
-            q_sum = tile_summaries(q[:, :, ::block], 1, pooling=config.pooling, padding=of_query, sub=1)
+            tokens = _wide(q[:, :, ::block])
+            q_sum = tile_summaries(tokens, 1, pooling=config.pooling, padding=of_query, sub=1)
         else:
-            q_sum = tile_summaries(q, block, pooling=config.pooling, padding=of_query)
+            q_sum = tile_summaries(_wide(q), block, pooling=config.pooling, padding=of_query)
         q_sum = group_queries(q_sum, groups)
-        k_sum = tile_summaries(k, block, pooling=config.pooling, padding=padding)
+        k_sum = tile_summaries(_wide(k), block, pooling=config.pooling, padding=padding)
         if groups > k.shape[1]:
             k_sum = k_sum.repeat_interleave(groups // k.shape[1], 1)
         nq, nk = q_sum.shape[2], k_sum.shape[2]
@@ -115,3 +116,9 @@ class Seen:
         """The features with rows ``[r]`` of the query tiles alone."""
         a, b, gates = self.features
         return Features(a.index_select(2, rows), b, None if gates is None else gates.index_select(2, rows))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Summaries have the dtype of their tokens; in 16 bits their rounding alone costs the scorer's gradients
+    up to 5 %."""
+    return x.float() if x.dtype.itemsize == 2 else x

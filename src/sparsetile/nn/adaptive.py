@@ -247,8 +247,8 @@ class BlockSparseAdaptive(Scored):
 
         over the scored tiles of a row: those that were kept (``distillation="kept"``: m_e = ∂ Σ lse / ∂β_e,
         a backward pass of the kernels from the saved log-sum-exp), or all, under dense attention, in one row
-        of tiles that each forward draws from the host's generator (``"sampled"``, for warm-up). Its gradient
-        reaches the scorer alone: not q, k, v, θ or τ.
+        of tiles that each forward draws (``"sampled"``, for warm-up). Its gradient reaches the scorer alone:
+        not q, k, v, θ or τ.
 
         Raises:
             ArgumentError: no such forward, or ``distillation="none"``.
@@ -290,15 +290,13 @@ class BlockSparseAdaptive(Scored):
         self, seen: Seen, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
     ) -> Tensor:
         batch, groups, nq, nk = seen.shape
-        # The host draws: what part of q is read must not wait for the device.
-        row = int(torch.randint(nq, (), device="cpu"))
-        mass = losses.dense_mass(q, k, v, row * seen.block, seen.block, is_causal=seen.is_causal, **options)
+        row = torch.randint(nq, (1,), device=q.device)
+        mass = losses.dense_mass(q, k, v, row, seen.block, is_causal=seen.is_causal, **options)
         mass = torch.unflatten(mass, 1, (groups, -1)).sum(2)[:, :, None]
-        features = self.scorer.features(seen.q_sum[:, :, row : row + 1].detach(), seen.k_sum.detach())
+        features = self.scorer.features(seen.q_sum.index_select(2, row).detach(), seen.k_sum.detach())
         column = torch.arange(nk, device=q.device).expand(batch, groups, 1, nk)
         logits = self.scores(features, column) / self.temperature.detach()
-        at = torch.arange(row, row + 1, device=q.device)
-        counted = seen.allowed(at) & ~seen.unscored(column, seen.own[row])
+        counted = seen.allowed(row) & ~seen.unscored(column, seen.own[row])
         return losses.divergence(mass, logits, counted)
 
     def _excess(self, seen: Seen, places: Places) -> Tensor:

@@ -61,15 +61,18 @@ class Scored(LazyModuleMixin, Planned):
             self.log_temperature = nn.Parameter(log_temperature)
         else:
             self.register_buffer("log_temperature", log_temperature)
-        self.threshold = _waiting(device, dtype)
-        # Which parameters a scorer has does not depend on sizes.
-        self.scorer = self._scorer_of(1, 1)
-        for name, _ in list(self.scorer.named_parameters()):
-            setattr(self.scorer, name, _waiting(device, dtype))
         if num_heads is not None and head_dim is not None:
             assert self.num_kv_heads is not None
-            self._materialize(head_dim, self.groups_of(num_heads, self.num_kv_heads))
-            self._infer_parameters(self, (), None)
+            groups = self.groups_of(num_heads, self.num_kv_heads)
+            self.scorer = self._scorer_of(head_dim, groups, device=device, dtype=dtype)
+            self.threshold = nn.Parameter(self._first_threshold(groups, device, dtype))
+            self._infer_parameters(self, (), None)  # nothing waits: this takes the hooks away
+            return
+        self.threshold = _waiting(device, dtype)
+        # Which parameters a scorer has does not depend on sizes.
+        self.scorer = self._scorer_of(1, 1, device="meta")
+        for name, _ in list(self.scorer.named_parameters()):
+            setattr(self.scorer, name, _waiting(device, dtype))
 
     def _scorer_of(self, head_dim: int, groups: int, **place: Any) -> ImportanceScorer:
         config = self.config
@@ -82,6 +85,12 @@ class Scored(LazyModuleMixin, Planned):
             sub_heads=config.sub_heads,
             **place,
         )
+
+    def _first_threshold(
+        self, groups: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        shape = (1 if self.config.share_heads else groups,)
+        return torch.full(shape, -_START * self.config.temperature, device=device, dtype=dtype)
 
     def groups_of(self, heads: int, kv_heads: int) -> int:
         """Selection groups of a call."""
@@ -112,9 +121,7 @@ class Scored(LazyModuleMixin, Planned):
             _fill(waiting[name], value)
             setattr(drawn, name, waiting[name])
         self.scorer = drawn
-        shape = (1 if self.config.share_heads else groups,)
-        start = -_START * self.config.temperature
-        _fill(self.threshold, torch.full(shape, start, device=device, dtype=dtype))
+        _fill(self.threshold, self._first_threshold(groups, device, dtype))
         self.log_temperature.data = self.log_temperature.data.to(device)
 
     # -- checkpoints ----------------------------------------------------------------------------------
