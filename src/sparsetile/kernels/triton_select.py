@@ -154,6 +154,7 @@ def launch(
         "nk": nk,
         "blocks": blocks,
         "offset": offset,
+        "width": places,
         **_strides("a", a, "bgn"),
         **_strides("b", b, "bgn"),
         **_strides("w", w, "g"),
@@ -161,7 +162,6 @@ def launch(
         **_strides("tau", tau, "g"),
         "H": hidden,
         "BLOCK": block,
-        "WIDTH": places,
         "KEPT": kept,
         "ROWS": rows,
         "SLOTS": slots,
@@ -180,7 +180,7 @@ def shape_of(nk: int, others: int) -> tuple[int, int, int, int]:
     A step scores slots·lanes key tiles. More slots make sorting rarer, more rows make loads rarer, and both
     take registers: docs/notes/select-tuning.md.
     """
-    kept = max(2, 1 << (max(others, 1) - 1).bit_length())
+    kept = max(2, 1 << (others - 1).bit_length()) if others else 0
     if kept > _LANES:
         return 8, 256 // kept, kept, kept
     return 16, 8 if nk > 2 * _LANES else 2, _LANES, kept

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from sparsetile.kernels.triton_tiles import KEY_STEP, dropout_row, dropout_stream, mix
 
-COUNTS = ["groups", "nq", "nk", "blocks", "offset"]
+COUNTS = ["groups", "nq", "nk", "blocks", "offset", "width"]
 """Arguments that are not worth a compilation of their own."""
 
 _UNUSED = tl.constexpr(-(2**31))  # below the ordered bits of −inf
@@ -153,6 +153,7 @@ def topk_rows(
     nk,
     blocks,
     offset,
+    width,
     sa_b,
     sa_g,
     sa_n,
@@ -164,7 +165,6 @@ def topk_rows(
     stau_g,
     H: tl.constexpr,
     BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
     KEPT: tl.constexpr,
     ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -173,9 +173,9 @@ def topk_rows(
     OWN: tl.constexpr,
     SINK: tl.constexpr,
 ):
-    """One program: ROWS query tiles of one (batch, group); WIDTH places a row, the best of KEPT ≤ LANES kept.
+    """One program: ROWS query tiles of one (batch, group), ``width`` places a row.
 
-    KEPT is the power of two from the places besides the own tile's.
+    KEPT ≤ LANES is a power of two, not below the places besides the own tile's; 0 if there are none.
     """
     lines = tl.num_programs(0) // blocks
     line = tl.program_id(0) % lines
@@ -206,12 +206,12 @@ def topk_rows(
     if OWN:
         home = floor_quotient(rows.to(tl.int64) * BLOCK + offset, BLOCK)
         home = tl.minimum(tl.maximum(home, 0), nk - 1).to(tl.int32)
-    out_at = (line.to(tl.int64) * nq + rows) * WIDTH
+    out_at = (line.to(tl.int64) * nq + rows) * width
     if valid is not None:
         valid += batch * nk
 
-    COUNT: tl.constexpr = WIDTH - 1 if OWN else WIDTH
-    if COUNT > 0:
+    count = width - 1 if OWN else width
+    if KEPT > 0:
         lane = tl.arange(0, LANES)
         slot = tl.arange(0, SLOTS)
         place = KEPT - 1 - tl.arange(0, KEPT)
@@ -246,7 +246,7 @@ def topk_rows(
                 else:
                     fresh = tl.sort(key, descending=True)
                 best = tl.bitonic_merge(tl.maximum(best, fresh))
-                worst = tl.min(tl.where(place[None, :] < COUNT, best, 0x7FFFFFFFFFFFFFFF), axis=1)
+                worst = tl.min(tl.where(place[None, :] < count, best, 0x7FFFFFFFFFFFFFFF), axis=1)
                 top, at = tl.max(order, axis=0, return_indices=True)
                 key = keys_of(top, start + at * LANES + lane[None, :])
 
@@ -258,8 +258,8 @@ def topk_rows(
             sink = ranked(sink, base, rate, noise, tl.zeros([ROWS], tl.int32), seed is not None)
             sink = score_of(ordered(sink))
             score = tl.where(order == _FIRST, sink[:, None], score)
-        keep = (rows[:, None] < nq) & (place[None, :] < COUNT)
-        out = out_at[:, None] + (WIDTH - COUNT) + place[None, :]
+        keep = (rows[:, None] < nq) & (place[None, :] < count)
+        out = out_at[:, None] + (width - count) + place[None, :]
         tl.store(indices + out, chosen, mask=keep)
         tl.store(scores + out, score, mask=keep)
 
