@@ -127,21 +127,26 @@ def divergence(mass: Tensor, logits: Tensor, counted: Tensor) -> Tensor:
     return each.sum() / rows.sum().clamp(min=1)
 
 
-def effective_tiles(logits: Tensor, allowed: Tensor) -> Tensor:
-    """How many tiles a row's predicted mass is spread over: ``exp(−Σ_e π_e log π_e)``, π the softmax of the
-    logits over the allowed tiles. n equal tiles give n, one that has it all gives 1.
+def log_spread(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Mean over rows of the logarithm of the standard deviation of a row's logits over its allowed tiles.
+
+    Multiplying all logits of a row by c > 1 adds log c to it, and never adds to the tiles that ``top_p``
+    keeps. Unlike an entropy, it has a gradient however peaked or flat the softmax is.
 
     Args:
-        logits: ``[..., n]``, allowed: bool, broadcastable.
+        logits: ``[B, G, rows, n]``; allowed: bool, broadcastable.
 
     Returns:
-        ``[...]``; 0 where nothing is allowed.
+        a scalar; rows with fewer than two allowed tiles do not count, and without any row it is 0.
     """
-    low = torch.finfo(logits.dtype).min / 4
-    log_share = torch.where(allowed, logits, low).log_softmax(-1)
-    share = log_share.exp()
-    entropy = -(torch.where(allowed, share * log_share, 0.0)).sum(-1)
-    return torch.where(allowed.any(-1), entropy.exp(), 0.0)
+    allowed = allowed.expand(logits.shape)
+    count = allowed.sum(-1)
+    mean = torch.where(allowed, logits, 0.0).sum(-1, keepdim=True) / count.clamp(min=1)[..., None]
+    variance = torch.where(allowed, logits - mean, 0.0).square().sum(-1) / count.clamp(min=1)
+    # Equal logits have no direction in which they spread: no gradient either.
+    rows = (count > 1) & (variance > 0)
+    each = 0.5 * torch.where(rows, variance, 1.0).log()
+    return each.sum() / rows.sum().clamp(min=1)
 
 
 def log_odds(sigma: float) -> float:

@@ -27,7 +27,7 @@ from sparsetile.nn.weights import check_dense_size, check_form
 __all__ = ["AdaptiveConfig", "BlockSparseAdaptive"]
 
 _SAMPLED_ROWS = 8
-"""Rows of each group that the soft density is taken over."""
+"""Rows of each group that the flatness of scores is taken over."""
 
 
 class BlockSparseAdaptive(Scored):
@@ -262,12 +262,13 @@ class BlockSparseAdaptive(Scored):
     def sparsity_loss(self) -> Tensor:
         """How far the last forward in training was from the density asked for, for ``selection="top_p"``::
 
-            (d + d̃ − stop_gradient(d̃) − (1 − base_sparsity))²,    d̃ = Σ_i exp(H(π_i)) / Σ_i T_i
+            (d + u − stop_gradient(u) − (1 − base_sparsity))²,    u = −mean_i log std_j(s_ij / τ)
 
-        d is the density that was used (:attr:`last_density`). A count has no gradient, so it takes that of
-        d̃: π_i = softmax(s_i/τ) over the T_i tiles that row i may choose from is the predicted mass, exp(H) of
-        its entropy the number of tiles that it is spread over, which is what top_p counts. d̃ is taken over a
-        few rows of tiles that each forward draws. The gradient reaches the scorer, τ, q and k.
+        d is the density that was used (:attr:`last_density`): the value is how far that is from what was
+        asked for. A count has no gradient, so it takes that of u, the flatness of the scores that a row may
+        choose from: flatter scores spread the predicted mass over more tiles. On log τ it is
+        2·(d − (1 − base_sparsity)), however peaked or flat the scores have become. u is taken over a few rows
+        of tiles that each forward draws. The gradient reaches the scorer, τ, q and k.
 
         Raises:
             ArgumentError: no such forward, or ``selection="top_k"``, whose density is fixed.
@@ -311,10 +312,9 @@ class BlockSparseAdaptive(Scored):
             # As in the selection: the own tile is on the verge, a second one has no mass.
             verge = self.threshold.to(scores.dtype).view(-1, 1, 1)
             scores, allowed = torch.where(column == own, verge, scores), allowed & (column <= own)
-        spread = losses.effective_tiles(scores / self.temperature, allowed)
-        soft = spread.sum() / (groups * allowed.sum()).clamp(min=1)
-        used = _density(seen, places).to(soft.dtype)
-        return (used + (soft - soft.detach()) - self.config.density).square()
+        flatness = -losses.log_spread(scores / self.temperature, allowed)
+        used = _density(seen, places).to(flatness.dtype)
+        return (used + (flatness - flatness.detach()) - self.config.density).square()
 
     # -- views ----------------------------------------------------------------------------------------
 
