@@ -32,8 +32,8 @@ def floor_quotient(x, y):
 
 @triton.jit
 def ordered(score):
-    """int32 that compares as the fp32 score does; NaN counts as +∞, and the two zeros are one."""
-    score = tl.where(score != score, float("inf"), score + 0.0)
+    """int32 that compares as the fp32 score does; NaN counts as +∞. Sums that start at 0 are never −0."""
+    score = tl.where(score != score, float("inf"), score)
     bits = score.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
