@@ -79,7 +79,8 @@ def check_tokens_first(q: Tensor, k: Tensor, v: Tensor, function: str) -> None:
     """A module's inputs are dense tensors ``[B, N, H, D]``; ``function`` takes heads first."""
     if not (type(q) is type(k) is type(v) is Tensor):
         check_types(q=q, k=k, v=v)
-    _check_dense(q=q, k=k, v=v)
+    if not _dense(q, k, v):
+        _check_dense(q=q, k=k, v=v)
     if not (q.dim() == k.dim() == v.dim() == 4):
         raise ArgumentError(
             explain(
@@ -89,6 +90,12 @@ def check_tokens_first(q: Tensor, k: Tensor, v: Tensor, function: str) -> None:
                 fix=f"From [B, H, N, D] use transpose(1, 2), or sparsetile.{function}.",
             )
         )
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return q.layout is k.layout is v.layout is torch.strided and not (
+        q.is_nested or k.is_nested or v.is_nested
+    )
 
 
 def _check_dense(**tensors: Tensor) -> None:
@@ -106,7 +113,8 @@ def _check_dense(**tensors: Tensor) -> None:
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, int, int, int]:
     """Ranks, dtypes, devices, shapes and head counts fit; returns (heads, q_len, k_len, head_dim)."""
-    _check_dense(query=query, key=key, value=value)
+    if not _dense(query, key, value):
+        _check_dense(query=query, key=key, value=value)
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         raise ArgumentError(
             explain(
