@@ -152,11 +152,9 @@ def test_dropout_acts_in_training_alone():
 def test_autocast():
     fresh()
     q, k, v = inputs(q_len=320, k_len=320)
-    module = made(q, k, learnable_temperature=True, distillation="kept").eval()
+    module = made(q, k, learnable_temperature=True, distillation="kept", exploration=False)
     plain = module(q, k, v)
     tiles = module.last_layout.indices
-    module.train()
-    module.config.__dict__["exploration"] = False
     with torch.autocast("cpu", torch.bfloat16):
         out = module(q, k, v)
     # Scores stay in fp32, so the tiles are those of the call without.
@@ -196,7 +194,7 @@ def test_nobody_waits_for_the_device(settings):
 def test_compiles_whole(lazy):
     fresh()
     q, k, v = inputs()
-    module = made(q, k, learnable_temperature=True)
+    module = made(q, k, learnable_temperature=True, selection="top_p", distillation="sampled")
     if lazy:
         # Drawing its parameters moves the generator, so noise and all must not depend on that.
         module = BlockSparseAdaptive(module.config).eval()
@@ -211,7 +209,7 @@ def test_compiles_whole(lazy):
     expected = module(q, k, v, is_causal=True)
     torch.testing.assert_close(out, expected)
     for a, b in zip(got, torch.autograd.grad(expected, leaves, weight), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_no_layout_belongs_to_lengths_alone():

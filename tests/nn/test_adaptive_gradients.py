@@ -75,7 +75,7 @@ def test_output_and_every_gradient_equal_attention_written_out(case, padded):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_gradients_in_bfloat16(is_causal):
     fresh()
-    q, k, v = inputs(q_len=256, k_len=256, dtype=torch.bfloat16)
+    q, k, v = inputs(batch=3, q_len=512, k_len=512, dtype=torch.bfloat16)
     module = made(q, k, learnable_temperature=True, temperature=2.0)
     compare(module, q, k, v, 1e-2, is_causal)
 

@@ -38,15 +38,33 @@ def kept_mass(
         ``[1, 1, capacity]`` in the dtype of ``tile_bias``, summed over what shares a tile.
     """
     q, k, v = q.to(out.dtype), k.to(out.dtype), v.to(out.dtype)
-    geometry = [layout.q_len, layout.k_len, layout.block_q, layout.block_k, layout.batch, layout.heads]
     features = (tile_bias, None, key_padding_mask, None, scale, 0.0)
-    call = (list(layout.tensors()), "", geometry, *features, backend)
-    zeros, ones = torch.zeros_like(out), torch.ones_like(lse)
-    grads = torch.ops.sparsetile.attention_backward(zeros, ones, q, k, v, out, lse, *call, True, False)
-    mass: Tensor = grads[3]
+    mass = _mass(q, k, v, out, lse, torch.ones_like(lse), layout, features, backend)
     return mass.sum_to_size(1, 1, mass.shape[-1]).to(tile_bias.dtype)
 
 
+def _mass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    layout: BlockLayout,
+    features: tuple[object, ...],
+    backend: str,
+) -> Tensor:
+    """``∂ Σ_q weight_q·lse_q / ∂β``, by the operator of a backward pass; features in the order it takes."""
+    geometry = [layout.q_len, layout.k_len, layout.block_q, layout.block_k, layout.batch, layout.heads]
+    call = (list(layout.tensors()), "", geometry, *features, backend)
+    grads = torch.ops.sparsetile.attention_backward(
+        torch.zeros_like(out), weight, q, k, v, out, lse, *call, True, False
+    )
+    mass: Tensor = grads[3]
+    return mass
+
+
+@torch.no_grad()
 def dense_mass(
     q: Tensor,
     k: Tensor,
@@ -73,7 +91,7 @@ def dense_mass(
     k_len, device = k.shape[2], q.device
     place = row * block + torch.arange(block, device=device)
     # Past the end the last query stands in, with no part in the sum.
-    tokens = q.index_select(2, place.clamp(max=q_len - 1)).detach()
+    tokens = q.index_select(2, place.clamp(max=q_len - 1))
     attn_bias = None
     if is_causal:
         ahead = torch.arange(k_len, device=device) > place[:, None] + (k_len - q_len)
@@ -82,25 +100,23 @@ def dense_mass(
     every = torch.arange(-(-k_len // block), device=device).view(1, 1, 1, -1)
     layout = BlockLayout.from_topk(every, block, k_len, block)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    with torch.enable_grad():
-        bias = torch.zeros((batch, heads, layout.capacity), dtype=dtype, device=device, requires_grad=True)
-        _, lse = sparse_attention(
-            tokens,
-            k.detach(),
-            v.detach(),
-            layout,
-            attn_bias=attn_bias,
-            tile_bias=bias,
-            scale=scale,
-            key_padding_mask=key_padding_mask,
-            enable_gqa=True,
-            backend=backend,
-            return_lse=True,
-        )
-        # A query that may see nothing has a log-sum-exp of −inf, and no part in the mass.
-        counted = (place < q_len) & ~torch.isneginf(lse)
-        (mass,) = torch.autograd.grad(torch.where(counted, lse, 0.0).sum(), bias)
-    return mass
+    tile_bias = torch.zeros((batch, heads, layout.capacity), dtype=dtype, device=device)
+    out, lse = sparse_attention(
+        tokens,
+        k,
+        v,
+        layout,
+        attn_bias=attn_bias,
+        tile_bias=tile_bias,
+        scale=scale,
+        key_padding_mask=key_padding_mask,
+        enable_gqa=True,
+        backend=backend,
+        return_lse=True,
+    )
+    weight = (place < q_len).to(lse.dtype).expand_as(lse)
+    features = (tile_bias, attn_bias, key_padding_mask, None, scale, 0.0)
+    return _mass(tokens, k, v, out, lse, weight, layout, features, backend)
 
 
 def divergence(mass: Tensor, logits: Tensor, counted: Tensor) -> Tensor:
