@@ -44,13 +44,15 @@ def choose_tiles(
     else:
         options |= {"top_p": config.p, "k_min": min(config.k_min, most)}
     column = torch.arange(nk, device=own.device)
-    # The own tile of a causal row holds what comes after its first query, so it has no score. Where its mass
-    # is asked for, by top_p, it passes for a tile on the verge.
+    # The own tile of a causal row holds what comes after its first query, so its score counts for nothing.
+    # Where its mass is asked for, by top_p, it passes for a tile on the verge; the second tile of a row that
+    # lies astride must take no place from others.
+    hide = seen.is_causal and (seen.astride or config.selection == "top_p")
     verge = threshold.to(scorer.compute_dtype).view(-1, 1, 1)
 
     def rows(start: int, stop: int) -> Tensor:
         scores = scorer.rows(seen.features, start, stop)
-        if seen.is_causal:
+        if hide:
             home = own[start:stop, None]
             scores = torch.where(column == home, verge, scores).masked_fill(column > home, -math.inf)
         return scores
