@@ -5,7 +5,7 @@ from sparsetile.dilated import dilated_attention
 from sparsetile.distributed.config import DistributedSparseConfig
 from sparsetile.functional import merge_attention, sparse_attention
 from sparsetile.layout.blocks import BlockLayout
-from sparsetile.nn.adaptive import AdaptiveConfig
+from sparsetile.nn.adaptive import AdaptiveConfig, BlockSparseAdaptive
 from sparsetile.nn.attention import BlockSparseRingDilatedAttention
 from sparsetile.nn.convert import from_dense
 from sparsetile.nn.dilated import DilatedAttention
@@ -35,6 +35,7 @@ from sparsetile.patterns import (
 __all__ = [
     "AdaptiveConfig",
     "BlockLayout",
+    "BlockSparseAdaptive",
     "BlockSparseRingDilatedAttention",
     "BlockSparseRingMultiheadDilatedAttention",
     "Budget",
