@@ -52,6 +52,7 @@ class LayoutCache:
         self._kept: OrderedDict[_Name, tuple[BlockLayout, int]] = OrderedDict()
         # Names used since the last miss: their schedules may have grown, and only theirs.
         self._used: set[_Name] = set()
+        self._latest: tuple[BlockLayout, int] | None = None
         self._lock = threading.Lock()
         self._nbytes = self._hits = self._misses = self._evictions = 0
 
@@ -78,8 +79,10 @@ class LayoutCache:
         with self._lock:
             found = self._kept.get(name)
             if found is not None:
-                self._kept.move_to_end(name)
-                self._used.add(name)
+                if found is not self._latest:  # else it is in its place already
+                    self._kept.move_to_end(name)
+                    self._used.add(name)
+                    self._latest = found
                 self._hits += 1
                 return found[0]
             self._misses += 1
@@ -90,6 +93,7 @@ class LayoutCache:
             for used in self._used & self._kept.keys():
                 self._weigh(used, self._kept[used][0])
             self._used.clear()
+            self._latest = None
             if layout.footprint <= self._max_bytes and name not in self._kept:
                 self._weigh(name, layout)
                 self._used.add(name)
@@ -117,6 +121,7 @@ class LayoutCache:
         with self._lock:
             self._kept.clear()
             self._used.clear()
+            self._latest = None
             self._nbytes = 0
 
 
