@@ -140,7 +140,7 @@ def sparse_attention(
     if not (key_padding_mask is attn_bias is tile_bias is None):
         optional = {"key_padding_mask": key_padding_mask, "attn_bias": attn_bias, "tile_bias": tile_bias}
         check_types(**{name: x for name, x in optional.items() if x is not None})
-    query, key, value = _autocast(query, key, value)
+    query, key, value = as_autocast(query, key, value)
     heads, q_len, k_len, head_dim = check_tensors(query, key, value, enable_gqa)
     check_name(backend)
     check_flag("is_causal", is_causal)
@@ -166,7 +166,7 @@ def sparse_attention(
     elif isinstance(pattern, (Pattern, str)):  # torch 2.9 cannot trace a union
         block_q, block_k = checked_blocks(block_size)
         if not plain:
-            text, by_head = _pattern_text(pattern, is_causal)
+            text, by_head = pattern_text(pattern, is_causal)
             geometry = (q_len, k_len, block_q, block_k, 1, heads if by_head else 1)
         else:
             blocks = (block_q, block_k)
@@ -269,7 +269,7 @@ def _causal(pattern: Pattern) -> Pattern:
     return known
 
 
-def _pattern_text(pattern: Pattern | str, is_causal: bool) -> tuple[str, bool]:
+def pattern_text(pattern: Pattern | str, is_causal: bool) -> tuple[str, bool]:
     """What a compiled graph keeps of a pattern: its text and whether it differs by head."""
     if isinstance(pattern, str):
         pattern = op.parsed(pattern)
@@ -300,11 +300,11 @@ def _knows_autocast(device_type: str) -> bool:
 
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler.
-_pattern_text._dynamo_marked_constant = True  # type: ignore[attr-defined]
+pattern_text._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast q, k, v take its dtype, as F.scaled_dot_product_attention's do."""
     kind = query.device.type
     if not _knows_autocast(kind) or not torch.is_autocast_enabled(kind):

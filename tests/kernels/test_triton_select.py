@@ -292,7 +292,7 @@ def test_what_the_kernel_does_not_serve_is_said_and_refused(monkeypatch: pytest.
         topk_rows(x.double(), x.double(), x[0, 0, 0], 2, is_causal=False, offset_tokens=0, block=128)
     monkeypatch.setattr("sparsetile.kernels.triton_tiles.INTERPRETED", False)
     assert "on the CPU" in (why_not(x.cpu(), x.cpu(), 2) or "")
-    monkeypatch.setattr(triton_select, "_import_problem", lambda: "no Triton")
+    monkeypatch.setattr(triton_select, "import_problem", lambda: "no Triton")
     assert why_not(x, x, 2) == "no Triton"
 
 

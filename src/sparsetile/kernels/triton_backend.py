@@ -22,7 +22,7 @@ LARGEST_HEAD_DIM = 256
 
 
 @lru_cache(maxsize=1)
-def _import_problem() -> str | None:
+def import_problem() -> str | None:
     try:
         from sparsetile.kernels import triton_launch  # noqa: F401
     except ImportError as problem:
@@ -39,7 +39,7 @@ def _plan() -> ModuleType:
 
 
 @lru_cache(maxsize=64)
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability_of(device: torch.device) -> tuple[int, int]:
     # Kept, because every call asks and PyTorch looks the device's properties up anew.
     return torch.cuda.get_device_capability(device)
 
@@ -53,7 +53,7 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, request: Request) -> str | None:
         return f"serves head_dim 1 to {LARGEST_HEAD_DIM}, not {dim}"
     if not (q.stride(-1) == k.stride(-1) == v.stride(-1) == 1):
         return "needs q, k and v contiguous in their last dimension; call .contiguous() on them"
-    problem = _import_problem()
+    problem = import_problem()
     if problem is not None:
         return problem
     if q.device.type == "cpu":
@@ -63,13 +63,13 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, request: Request) -> str | None:
     if q.device.type != "cuda":
         return f"runs on NVIDIA and AMD GPUs, not on {q.device.type!r} devices"
     if torch.version.hip is None:
-        capability = _capability(q.device)
+        capability = capability_of(q.device)
         if capability < (8, 0):
             return f"needs compute capability 8.0 (Ampere) or newer, not {capability[0]}.{capability[1]}"
     return None
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensors'."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
@@ -92,7 +92,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, 
     kind, pointers = kind_of(inputs, "forward", q.get_device(), request.scale, request.dropout_p)
     recordings = recordings_of(request.layout)
     known = None if overridden() else recordings.get(kind)
-    with _on(q.device):
+    with on_device(q.device):
         if known is not None:
             known.play([*pointers, out.data_ptr(), lse.data_ptr()], q.device)
             return out, lse
@@ -145,7 +145,7 @@ def backward(
         tile_grad = torch.zeros((tile_parts, *owners, layout.capacity), dtype=torch.float32, device=device)
     if attn_bias_grad:
         bias_grad = torch.zeros((batch, heads, q_len, k_len), dtype=torch.float32, device=device)
-    with _on(device):
+    with on_device(device):
         if known is not None:
             pointers += [0 if x is None else x.data_ptr() for x in (dq, dk, dv, tile_grad, bias_grad)]
             known.play(pointers, device)

@@ -80,7 +80,7 @@ def _scheduled(layout: BlockLayout, direction: Direction, owners: _Owners, targe
     return schedule(layout, direction, chunk)
 
 
-def _strides(name: str, x: Tensor | None, letters: str) -> dict[str, int]:
+def strides_of(name: str, x: Tensor | None, letters: str) -> dict[str, int]:
     """Strides of the leading dimensions as ``s{name}_{letter}``; 0 for dimensions of size 1 and for None."""
     return {
         f"s{name}_{letter}": 0 if x is None or x.shape[i] == 1 else x.stride(i)
@@ -129,12 +129,12 @@ def _common(
         "bias": bias,
         "tile_bias": tile_bias,
         "seed": seed,
-        **_strides("q", q, "bhn"),
-        **_strides("k", k, "bhn"),
-        **_strides("v", v, "bhn"),
-        **_strides("p", padding, "b"),
-        **_strides("b", bias, "bhqk"),
-        **_strides("t", tile_bias, "bh"),
+        **strides_of("q", q, "bhn"),
+        **strides_of("k", k, "bhn"),
+        **strides_of("v", v, "bhn"),
+        **strides_of("p", padding, "b"),
+        **strides_of("b", bias, "bhqk"),
+        **strides_of("t", tile_bias, "bh"),
         "reps": owners.reps,
         "heads": q.shape[1],
         "layout_heads": layout.heads,
@@ -295,8 +295,8 @@ def delta_launch(
         "grad_lse": grad_lse,
         "lse2": lse2,
         "delta": delta,
-        **_strides("g", grad_out, "bhn"),
-        **_strides("o", out, "bhn"),
+        **strides_of("g", grad_out, "bhn"),
+        **strides_of("o", out, "bhn"),
         "heads": heads,
         "q_len": q_len,
         "D": dim,
@@ -359,8 +359,8 @@ def backward_launches(
         "part_dv": part_dv,
         "bias_grad": bias_grad,
         "tile_grad": tile_grad,
-        **_strides("g", grad_out, "bhn"),
-        **_strides("tg", None if tile_grad is None else tile_grad[0], "bh"),
+        **strides_of("g", grad_out, "bhn"),
+        **strides_of("tg", None if tile_grad is None else tile_grad[0], "bh"),
         "tile_grad_step": 0 if tile_grad is None else tile_grad[0].numel(),
         "q_blocks": layout.q_blocks,
         "k_blocks": layout.k_blocks,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsetile.errors import ArgumentError, BackendError, explain
-from sparsetile.kernels.triton_backend import DTYPES, _capability, _import_problem, _on
+from sparsetile.kernels.triton_backend import DTYPES, capability_of, import_problem, on_device
 
 if TYPE_CHECKING:
     from sparsetile.kernels.triton_launch import Launch
@@ -31,7 +31,7 @@ def why_not(a: Tensor, b: Tensor, k: int, *, own: bool = True) -> str | None:
     others = min(k - own, b.shape[2])
     if others > MOST_KEPT:
         return f"keeps up to {MOST_KEPT} tiles a row besides its own, not {others}"
-    problem = _import_problem()
+    problem = import_problem()
     if problem is not None:
         return problem
     if a.device.type == "cpu":
@@ -40,8 +40,8 @@ def why_not(a: Tensor, b: Tensor, k: int, *, own: bool = True) -> str | None:
         return None if INTERPRETED else "runs on GPUs; the features are on the CPU"
     if a.device.type != "cuda":
         return f"runs on NVIDIA and AMD GPUs, not on {a.device.type!r} devices"
-    if torch.version.hip is None and _capability(a.device) < (8, 0):
-        major, minor = _capability(a.device)
+    if torch.version.hip is None and capability_of(a.device) < (8, 0):
+        major, minor = capability_of(a.device)
         return f"needs compute capability 8.0 (Ampere) or newer, not {major}.{minor}"
     return None
 
@@ -101,7 +101,7 @@ def topk_rows(
     indices = torch.empty((*a.shape[:3], places), dtype=torch.int32, device=a.device)
     scores = torch.empty(indices.shape, dtype=torch.float32, device=a.device)
     given = (a, b, w, w0, temperature, noise, valid_keys, indices, scores)
-    with _on(a.device):
+    with on_device(a.device):
         launch(*given, is_causal=is_causal, offset=offset_tokens, block=block, own=own, sink=sink).run()
     if places < k:
         indices = F.pad(indices, (0, k - places), value=-1)
@@ -128,7 +128,7 @@ def launch(
 ) -> Launch:
     """The launch that fills ``indices`` and ``scores``, contiguous ``[B, G, nq, places]``."""
     from sparsetile.kernels import triton_topk
-    from sparsetile.kernels.triton_launch import Launch, _strides
+    from sparsetile.kernels.triton_launch import Launch, strides_of
 
     batch, groups, nq, hidden = a.shape
     nk, places = b.shape[2], indices.shape[-1]
@@ -155,11 +155,11 @@ def launch(
         "blocks": blocks,
         "offset": offset,
         "width": places,
-        **_strides("a", a, "bgn"),
-        **_strides("b", b, "bgn"),
-        **_strides("w", w, "g"),
-        **_strides("shift", w0, "g"),
-        **_strides("tau", tau, "g"),
+        **strides_of("a", a, "bgn"),
+        **strides_of("b", b, "bgn"),
+        **strides_of("w", w, "g"),
+        **strides_of("shift", w0, "g"),
+        **strides_of("tau", tau, "g"),
         "H": hidden,
         "BLOCK": block,
         "KEPT": kept,

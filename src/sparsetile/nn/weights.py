@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsetile import op
 from sparsetile.errors import ArgumentError, explain
-from sparsetile.functional import _autocast, _pattern_text
+from sparsetile.functional import as_autocast, pattern_text
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.cache import cached_layout
 from sparsetile.patterns import Pattern
@@ -81,7 +81,7 @@ def attention_weights(
     """
     check_form(weights, True)
     # What the call attended: under autocast, query and key rounded as it did.
-    query, key, _ = _autocast(query, key, key)
+    query, key, _ = as_autocast(query, key, key)
     if weights == "sparse":
         return sparse_weights(
             query,
@@ -135,7 +135,7 @@ def dense_weights(
     check_dense_size(query, k_len + (0 if appended is None else appended.shape[2]))
     logits = scaled_logits(query, key, scale)
     if logits.numel():
-        text, by_head = _pattern_text(pattern, False)
+        text, by_head = pattern_text(pattern, False)
         geometry = [q_len, k_len, block_size, heads if by_head else 1]
         if op.plain(query, key, key):
             kept = _written_out(text if isinstance(pattern, str) else pattern, geometry, query.device)
