@@ -221,14 +221,19 @@ class Case:
     def unit(self, name: str) -> float:
         """What errors are measured against where a tensor cancels; see ``relative_error``.
 
-        Gradients of q, k and tile biases are differences that cancel to nothing in rows of one key or tile.
+        Gradients of q, k and biases are differences that cancel to nothing in rows of one key or tile.
         Where they do not cancel, they are of about the sizes below.
         """
         if name == "tile_bias":  # sums, over the rows of a tile, products dO·V of size √D
             return math.sqrt(self.block * self.q.shape[3])
         if name == "k":  # sums over the rows that attend the key
             return 0.25 * math.sqrt(max(1.0, self.q.shape[2] / self.k.shape[2]))
-        return 0.25 if name == "q" else 0.05
+        if name == "attn_bias":  # products dO·V of size √D, each times a weight of about one over the keys
+            return max(0.05, math.sqrt(self.q.shape[3]) / self.k.shape[2])
+        # For q, scale·√D = 1 times such a weight times a key: 1 where every row may be left with one key, 1/4
+        # where many share the weight.
+        few = self.k.shape[2] <= 4
+        return (1.0 if few else 0.25) if name == "q" else 0.05
 
     def describe(self) -> str:
         return (
