@@ -15,7 +15,6 @@ from torch import Tensor
 
 from sparsetile.adaptive import ImportanceScorer, gumbel, own_tiles, reach, select_tiles
 from sparsetile.errors import ArgumentError, BackendError
-from sparsetile.kernels import triton_select
 from sparsetile.kernels.triton_select import MOST_KEPT, topk_rows, why_not
 
 pytest.importorskip("triton")
@@ -292,7 +291,7 @@ def test_what_the_kernel_does_not_serve_is_said_and_refused(monkeypatch: pytest.
         topk_rows(x.double(), x.double(), x[0, 0, 0], 2, is_causal=False, offset_tokens=0, block=128)
     monkeypatch.setattr("sparsetile.kernels.triton_tiles.INTERPRETED", False)
     assert "on the CPU" in (why_not(x.cpu(), x.cpu(), 2) or "")
-    monkeypatch.setattr(triton_select, "import_problem", lambda: "no Triton")
+    monkeypatch.setattr("sparsetile.kernels.triton_backend.import_problem", lambda: "no Triton")
     assert why_not(x, x, 2) == "no Triton"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsetile.errors import ArgumentError, explain
-from sparsetile.kernels.dropout import KEY_STEP, mix
+from sparsetile.kernels.dropout import random_bits
 
 _MASK = 0xFFFFFFFF
 _NEVER, _FIRST = -(2**63), 2**63 - 1
@@ -80,8 +80,7 @@ def gumbel(seed: Tensor, batch_group: Tensor, row: Tensor, col: Tensor) -> Tenso
     Args:
         seed: int64 ``[1]``; the others int64.
     """
-    stream = mix((seed & _MASK) ^ mix(((seed >> 32) + batch_group) & _MASK))
-    bits = mix(mix((stream + row) & _MASK) ^ (col * KEY_STEP & _MASK))
+    bits = random_bits(seed, batch_group, row, col)
     uniform = ((bits >> 9) * 2 + 1).to(torch.float32) * 2.0**-24
     return uniform.log_().neg_().log_().neg_()
 

@@ -33,14 +33,18 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def keep_mask(seed: Tensor, dropout_p: float, batch_head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Bool, in the broadcast shape of ``batch_head`` (b·H + h), ``query`` and ``key`` (all int64)."""
+def random_bits(seed: Tensor, batch_head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """32 bits as int64, in the broadcast shape of ``batch_head`` (b·H + h), ``query``, ``key`` (int64)."""
     low = seed & _MASK
     high = (seed >> 32) & _MASK
     stream = mix(low ^ mix((high + batch_head) & _MASK))
     row = mix((stream + query) & _MASK)
-    bits = mix(row ^ (key * KEY_STEP & _MASK))
-    return bits >= threshold(dropout_p)
+    return mix(row ^ (key * KEY_STEP & _MASK))
+
+
+def keep_mask(seed: Tensor, dropout_p: float, batch_head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Bool, in the broadcast shape of ``batch_head`` (b·H + h), ``query`` and ``key`` (all int64)."""
+    return random_bits(seed, batch_head, query, key) >= threshold(dropout_p)
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -53,17 +53,22 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, request: Request) -> str | None:
         return f"serves head_dim 1 to {LARGEST_HEAD_DIM}, not {dim}"
     if not (q.stride(-1) == k.stride(-1) == v.stride(-1) == 1):
         return "needs q, k and v contiguous in their last dimension; call .contiguous() on them"
+    return device_problem(q.device, "tensors")
+
+
+def device_problem(device: torch.device, what: str) -> str | None:
+    """None if Triton kernels run on ``device``, where the caller's ``what`` are, else why not."""
     problem = import_problem()
     if problem is not None:
         return problem
-    if q.device.type == "cpu":
+    if device.type == "cpu":
         from sparsetile.kernels.triton_tiles import INTERPRETED
 
-        return None if INTERPRETED else "runs on GPUs; the tensors are on the CPU"
-    if q.device.type != "cuda":
-        return f"runs on NVIDIA and AMD GPUs, not on {q.device.type!r} devices"
+        return None if INTERPRETED else f"runs on GPUs; the {what} are on the CPU"
+    if device.type != "cuda":
+        return f"runs on NVIDIA and AMD GPUs, not on {device.type!r} devices"
     if torch.version.hip is None:
-        capability = capability_of(q.device)
+        capability = capability_of(device)
         if capability < (8, 0):
             return f"needs compute capability 8.0 (Ampere) or newer, not {capability[0]}.{capability[1]}"
     return None

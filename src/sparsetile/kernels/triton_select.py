@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsetile.errors import ArgumentError, BackendError, explain
-from sparsetile.kernels.triton_backend import DTYPES, capability_of, import_problem, on_device
+from sparsetile.kernels.triton_backend import DTYPES, device_problem, on_device
 
 if TYPE_CHECKING:
     from sparsetile.kernels.triton_launch import Launch
@@ -31,19 +31,7 @@ def why_not(a: Tensor, b: Tensor, k: int, *, own: bool = True) -> str | None:
     others = min(k - own, b.shape[2])
     if others > MOST_KEPT:
         return f"keeps up to {MOST_KEPT} tiles a row besides its own, not {others}"
-    problem = import_problem()
-    if problem is not None:
-        return problem
-    if a.device.type == "cpu":
-        from sparsetile.kernels.triton_tiles import INTERPRETED
-
-        return None if INTERPRETED else "runs on GPUs; the features are on the CPU"
-    if a.device.type != "cuda":
-        return f"runs on NVIDIA and AMD GPUs, not on {a.device.type!r} devices"
-    if torch.version.hip is None and capability_of(a.device) < (8, 0):
-        major, minor = capability_of(a.device)
-        return f"needs compute capability 8.0 (Ampere) or newer, not {major}.{minor}"
-    return None
+    return device_problem(a.device, "features")
 
 
 @torch.no_grad()
