@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from oracle import Case, check, random_case, run
-from sparsetile.kernels import triton_backend
+from sparsetile.kernels import triton_backend, triton_replay
 from sparsetile.kernels.triton_config import override
 from sparsetile.kernels.triton_launch import Launch
 from sparsetile.kernels.triton_replay import Recording, Recordings, recordings_of
@@ -28,6 +28,8 @@ from sparsetile.kernels.triton_replay import Recording, Recordings, recordings_o
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="with a GPU, tests/gpu runs the real kernels"
 )
+
+_STREAM = 7
 
 
 class Compiled:
@@ -43,7 +45,8 @@ class Compiled:
         ]
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
-        def start(*arguments: Any) -> None:
+        def start(*arguments: Any, stream: int) -> None:
+            assert stream == _STREAM
             assert len(arguments) == len(self.fixed)
             given = [self.tensor(i, x) if self.views[i] else x for i, x in enumerate(arguments)]
             assert all(own is None or own == (x,) for own, x in zip(self.fixed, given, strict=True))
@@ -74,6 +77,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
         seen.append(recording)
         plain_play(recording, *arguments)
 
+    monkeypatch.setattr(triton_replay, "current_stream", lambda device: _STREAM)
     monkeypatch.setattr(Launch, "run", launch_run)
     monkeypatch.setattr(Recording, "play", play)
     return seen

@@ -31,6 +31,12 @@ _OF_LAYOUT = frozenset(
 _SCRATCH = frozenset(("part_out", "part_lse", "part_dk", "part_dv", "part_dq", "lse2", "delta"))
 
 
+def current_stream(device: torch.device) -> int:
+    """The handle of PyTorch's current stream on ``device``."""
+    handle: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return handle
+
+
 class Recordings(dict[object, "Recording"]):
     """The recordings of a layout by kind of call. Copies and pickles are empty: kernels live in a process."""
 
@@ -71,16 +77,19 @@ class Recording:
     sizes: tuple[int, ...]
 
     def play(self, pointers: list[int], device: torch.device) -> None:
-        """Start the kernels; ``pointers`` in the order of the names that were recorded."""
+        """Start the kernels on the current stream of ``device``; ``pointers`` in the order of the names that
+        were recorded."""
         if self.scratch:
             buffer = torch.empty(self.scratch, dtype=torch.uint8, device=device)
             first = buffer.data_ptr()
             pointers = pointers + [first + offset for offset in self.offsets]
+        # Asked once, and straight: Triton asks at every start, for the current device too.
+        stream = current_stream(device)
         for step in self.steps:
             arguments = step.arguments.copy()
             for place, source in step.places:
                 arguments[place] = pointers[source]
-            step.start(*arguments)
+            step.start(*arguments, stream=stream)
 
 
 def recordings_of(layout: BlockLayout) -> Recordings:
