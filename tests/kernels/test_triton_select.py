@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsetile.adaptive import ImportanceScorer, gumbel, own_tiles, reach, select_tiles
 from sparsetile.errors import ArgumentError, BackendError
-from sparsetile.kernels.triton_select import MOST_KEPT, topk_rows, why_not
+from sparsetile.kernels.triton_select import MOST_KEPT, chosen_rows, topk_rows, why_not
 
 pytest.importorskip("triton")
 
@@ -293,6 +293,22 @@ def test_what_the_kernel_does_not_serve_is_said_and_refused(monkeypatch: pytest.
     assert "on the CPU" in (why_not(x.cpu(), x.cpu(), 2) or "")
     monkeypatch.setattr("sparsetile.kernels.triton_backend.import_problem", lambda: "no Triton")
     assert why_not(x, x, 2) == "no Triton"
+
+
+def test_a_compiled_graph_chooses_the_same_rows() -> None:
+    a, b = (torch.randn(2, 3, n, 8, device=DEVICE) for n in (5, 9))
+    w, tau = torch.randn(8, device=DEVICE), torch.tensor(0.7, device=DEVICE)
+    seed = torch.tensor([random.getrandbits(60)], device=DEVICE)
+    valid = torch.rand(2, 9, device=DEVICE) > 0.3
+    options = {"is_causal": True, "offset_tokens": 64, "block": 16, "temperature": tau, "noise": seed}
+    options |= {"sink": True, "valid_keys": valid}
+
+    def call(a: Tensor, b: Tensor) -> Tensor:
+        return chosen_rows(a, b, w, 4, **options)
+
+    wanted = topk_rows(a, b, w, 4, **options)[0]
+    assert torch.equal(call(a, b), wanted)
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(a, b), wanted)
 
 
 def test_importing_the_entry_leaves_triton_alone() -> None:

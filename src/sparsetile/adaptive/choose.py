@@ -12,7 +12,8 @@ from sparsetile.adaptive.config import AdaptiveConfig
 from sparsetile.adaptive.places import Places
 from sparsetile.adaptive.scorer import ImportanceScorer
 from sparsetile.adaptive.seen import Seen
-from sparsetile.adaptive.select import select_tiles
+from sparsetile.adaptive.select import at_most, select_tiles
+from sparsetile.kernels.triton_select import MOST_KEPT, chosen_rows
 from sparsetile.patterns.budget import tiles_for
 
 
@@ -57,19 +58,22 @@ def choose_tiles(
             scores = torch.where(column == home, verge, scores).masked_fill(column > home, -math.inf)
         return scores
 
-    indices = select_tiles(
-        rows,
-        seen.shape,
-        most,
-        is_causal=seen.is_causal,
-        offset_tokens=seen.k_len - seen.q_len,
-        block=seen.block,
-        temperature=temperature,
-        noise=noise,
-        sink=config.sink,
-        valid_keys=seen.valid,
-        **options,
-    ).indices
+    where: dict[str, Any] = {
+        "is_causal": seen.is_causal,
+        "offset_tokens": seen.k_len - seen.q_len,
+        "block": seen.block,
+        "temperature": temperature,
+        "noise": noise,
+        "sink": config.sink,
+        "valid_keys": seen.valid,
+    }
+    a, b, _ = seen.features
+    fused = scorer.form == "mlp" and config.selection == "top_k" and not hide
+    if fused and a.device.type == "cuda" and a.dtype == torch.float32 and most <= MOST_KEPT:
+        # The same choice without the scores in memory, up to the order in which a score's terms are added.
+        indices = at_most(chosen_rows(a, b, scorer.output_weight, most, **where), options["limit"])
+    else:
+        indices = select_tiles(rows, seen.shape, most, **where, **options).indices
     if seen.astride:
         second = torch.where(own < last, own + 1, -1).expand(batch, nq)
         if seen.valid is not None:

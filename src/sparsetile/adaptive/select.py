@@ -160,10 +160,14 @@ def select_tiles(
         )
         parts.append(_chosen(scores, rows, width, temperature, noise, sink, own, valid_keys, top_p, k_min))
     indices = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-    if limit is not None:
-        place = torch.arange(width, device=indices.device)
-        indices = torch.where(place < limit[..., None], indices, -1)
-    return Selection(indices)
+    return Selection(indices if limit is None else at_most(indices, limit))
+
+
+def at_most(indices: Tensor, limit: Tensor) -> Tensor:
+    """Selected tiles ``[B, G, nq, k]`` with at most ``limit`` places of each row used, ``[nq]`` or
+    ``[B, G, nq]``; the others are −1."""
+    place = torch.arange(indices.shape[-1], device=indices.device)
+    return torch.where(place < limit[..., None], indices, -1)
 
 
 class _Rows(NamedTuple):

@@ -97,6 +97,74 @@ def topk_rows(
     return indices, scores
 
 
+def chosen_rows(
+    a: Tensor,
+    b: Tensor,
+    w: Tensor,
+    k: int,
+    *,
+    is_causal: bool,
+    offset_tokens: int,
+    block: int,
+    temperature: Tensor,
+    noise: Tensor | None,
+    sink: bool,
+    valid_keys: Tensor | None,
+) -> Tensor:
+    """The indices of :func:`topk_rows`, with the own tile; an operator in a graph that is being compiled."""
+    if torch.compiler.is_compiling():
+        given = (k, is_causal, offset_tokens, block, temperature, noise, sink, valid_keys)
+        found: Tensor = _operator(a, b, w, *given)
+        return found
+    return topk_rows(
+        a,
+        b,
+        w,
+        k,
+        is_causal=is_causal,
+        offset_tokens=offset_tokens,
+        block=block,
+        temperature=temperature,
+        noise=noise,
+        sink=sink,
+        valid_keys=valid_keys,
+    )[0]
+
+
+@torch.library.custom_op("sparsetile::chosen_rows", mutates_args=())
+def _operator(
+    a: Tensor,
+    b: Tensor,
+    w: Tensor,
+    k: int,
+    is_causal: bool,
+    offset_tokens: int,
+    block: int,
+    temperature: Tensor,
+    noise: Tensor | None,
+    sink: bool,
+    valid_keys: Tensor | None,
+) -> Tensor:
+    return chosen_rows(
+        a,
+        b,
+        w,
+        k,
+        is_causal=is_causal,
+        offset_tokens=offset_tokens,
+        block=block,
+        temperature=temperature,
+        noise=noise,
+        sink=sink,
+        valid_keys=valid_keys,
+    )
+
+
+@_operator.register_fake
+def _(a: Tensor, b: Tensor, w: Tensor, k: int, *settings: object) -> Tensor:
+    return a.new_empty((*a.shape[:3], k), dtype=torch.int32)
+
+
 def launch(
     a: Tensor,
     b: Tensor,
