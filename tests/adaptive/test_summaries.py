@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pattern_draws import runs
 from sparsetile.adaptive import group_queries, summary_dim, tile_summaries, valid_tiles
+from sparsetile.adaptive.summaries import means_beside
 from sparsetile.errors import ArgumentError
 
 POOLINGS = ("mean", "max_min", "lse")
@@ -90,9 +91,10 @@ def test_summaries_are_the_definition(pooling, shape, length, block, sub, padded
     expected = looped(x, block, pooling, padding, sub)
     filled = x if padding is None else x.masked_fill(padding[:, None, :, None], torch.nan)
     got = tile_summaries(filled, block, pooling=pooling, padding=padding, sub=sub)
-    assert got.dtype == dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert got.dtype == wide
     assert got.shape == (*shape[:2], -(-length // block), summary_dim(shape[2], pooling))
-    slack = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
+    slack = 1e-12 if wide == torch.float64 else 1e-5
     torch.testing.assert_close(got.double(), expected, rtol=slack, atol=slack)
     if padding is not None:
         used = torch.stack([~padding[:, s : s + block].all(1) for s in range(0, length, block)], 1)
@@ -112,6 +114,43 @@ def test_gradients_are_those_of_finite_differences(pooling, padded):
     (grad,) = torch.autograd.grad(pool(x).sum(), x)
     if padding is not None:
         assert not grad[padding[:, None, :, None].expand_as(grad)].any(), f"seed {seed}"
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("attended", [False, True])
+def test_means_beside_have_the_gradient_of_both_uses(first, attended):
+    seed = int(torch.randint(2**40, ()))
+    x, _ = draw((2, 2, 3), 21, False, torch.float64, seed)
+    x = x.contiguous().requires_grad_()
+
+    def both(x):
+        y, means = means_beside(x, 8, 1 if first else 8)
+        return (y.exp(), means) if attended else means
+
+    assert torch.autograd.gradcheck(both, x), f"seed {seed}"
+    y, means = means_beside(x, 8, 1 if first else 8)
+    assert torch.equal(y, x)
+    assert torch.equal(means, x[:, :, ::8] if first else tile_summaries(x, 8))
+
+
+def test_means_beside_take_no_memory_for_their_gradient():
+    x = torch.randn(1, 2, 64, 4, requires_grad=True)
+    kept = []
+
+    class Fresh(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            kept.append(torch.zeros(1, 2, 64, 4))
+            return kept[0]
+
+    y, means = means_beside(x, 16, 16)
+    (grad,) = torch.autograd.grad(Fresh.apply(y) + means.sum(), x)
+    assert grad.data_ptr() == kept[0].data_ptr()
+    assert torch.equal(grad, torch.full_like(grad, 1 / 16))
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

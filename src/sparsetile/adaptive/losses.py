@@ -22,6 +22,7 @@ def kept_mass(
     tile_bias: Tensor,
     *,
     key_padding_mask: Tensor | None,
+    key_bias: Tensor | None,
     scale: float,
     backend: str,
 ) -> Tensor:
@@ -33,14 +34,20 @@ def kept_mass(
     Args:
         q, k, v, out, lse: of a ``sparse_attention`` call, ``[B, H, N, D]`` and ``[B, H, Nq]``.
         layout, tile_bias, key_padding_mask, scale, backend: of that call; tile_bias ``[1, 1, capacity]``.
+        key_bias: ``[B, Nk]``, which that call had as ``attn_bias``.
 
     Returns:
         ``[1, 1, capacity]`` in the dtype of ``tile_bias``, summed over what shares a tile.
     """
     q, k, v = q.to(out.dtype), k.to(out.dtype), v.to(out.dtype)
-    features = (tile_bias, None, key_padding_mask, None, scale, 0.0)
+    features = (tile_bias, for_queries(key_bias, q.shape[2]), key_padding_mask, None, scale, 0.0)
     mass = _mass(q, k, v, out, lse, torch.ones_like(lse), layout, features, backend)
     return mass.sum_to_size(1, 1, mass.shape[-1]).to(tile_bias.dtype)
+
+
+def for_queries(key_bias: Tensor | None, count: int) -> Tensor | None:
+    """``[B, Nk]`` → ``[B, 1, count, Nk]``, the same for all queries, in the memory of one."""
+    return None if key_bias is None else key_bias[:, None, None].expand(-1, -1, count, -1)
 
 
 def _mass(
@@ -74,6 +81,7 @@ def dense_mass(
     *,
     is_causal: bool,
     key_padding_mask: Tensor | None,
+    key_bias: Tensor | None,
     scale: float,
     backend: str,
 ) -> Tensor:
@@ -82,6 +90,7 @@ def dense_mass(
     Args:
         q, k, v: ``[B, H, Nq, D]``, ``[B, Hkv, Nk, D]``.
         row: int64 ``[1]``: the query tile, of ``block`` tokens. Nobody waits for its value.
+        key_bias: ``[B, Nk]``, added to the logits of each key.
 
     Returns:
         ``[B, H, k_blocks]`` without gradient; fp32, float64 for float64 inputs. Memory O(k_blocks); when
@@ -92,11 +101,11 @@ def dense_mass(
     place = row * block + torch.arange(block, device=device)
     # Past the end the last query stands in, with no part in the sum.
     tokens = q.index_select(2, place.clamp(max=q_len - 1))
-    attn_bias = None
+    attn_bias = for_queries(key_bias, block)
     if is_causal:
         ahead = torch.arange(k_len, device=device) > place[:, None] + (k_len - q_len)
-        attn_bias = torch.zeros(ahead.shape, dtype=q.dtype, device=device).masked_fill(ahead, -math.inf)
-        attn_bias = attn_bias[None, None]
+        later = torch.zeros(ahead.shape, dtype=q.dtype, device=device).masked_fill(ahead, -math.inf)
+        attn_bias = later[None, None] if attn_bias is None else attn_bias + later
     every = torch.arange(-(-k_len // block), device=device).view(1, 1, 1, -1)
     layout = BlockLayout.from_topk(every, block, k_len, block)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -171,38 +171,34 @@ class ImportanceScorer(nn.Module):
             weight = self.output_weight.mT[..., None, None]
             return _mlp_rows(a, b.mT.contiguous(), weight) + self._wide(self.b2)[..., None, None]
 
-    def pairs(self, features: Features, row: Tensor, col: Tensor, batch: Tensor, group: Tensor) -> Tensor:
-        """Scores of single pairs, with gradient to features and parameters: O(E·hidden) time and memory.
+    def pairs(self, features: Features, column: Tensor) -> Tensor:
+        """Scores of a few key tiles of each query tile, with gradient to features and parameters, in
+        O(B·G·nq·n·hidden) time and memory.
 
         Args:
-            row, col, batch, group: integers ``[E]``: query tile, key tile, batch element and selection group
-                of each pair; all in range.
+            column: integers ``[B, G, nq, n]``, key tiles, all in range.
 
         Returns:
-            ``[E]``, equal to the entries of :meth:`rows` up to rounding (without dropout). The gradient is
-            summed in a fixed order, so it is bitwise equal run to run.
+            ``[B, G, nq, n]``, equal to the entries of :meth:`rows` up to rounding (without dropout). The
+            gradient is summed in a fixed order, so it is bitwise equal run to run.
         """
-        groups, nq, nk = features.a.shape[1], features.a.shape[2], features.b.shape[2]
-        line = batch.long() * groups + group
-        place = line * nq + row
+        batch, groups, nk, _ = features.b.shape
+        line = torch.arange(batch * groups, device=column.device).view(batch, groups, 1, 1)
         # F.embedding, because its backward adds in a fixed order; that of plain indexing uses atomics.
-        a = F.embedding(place, features.a.flatten(0, 2))
-        b = F.embedding(line * nk + col, features.b.flatten(0, 2))
-        with torch.autocast(a.device.type, enabled=False):
+        b = F.embedding(line * nk + column, features.b.flatten(0, 2))
+        a = features.a[..., None, :]
+        with torch.autocast(b.device.type, enabled=False):
             if self.form == "bilinear":
                 return self._dropped(a * b).sum(-1)
             if self.form == "indexer":
                 assert features.gates is not None
-                gates = F.embedding(place, features.gates.flatten(0, 2))
                 terms = torch.unflatten(a * b, -1, (self.sub_heads, -1)).sum(-1).relu()
-                return (self._dropped(terms) * gates).sum(-1)
+                return (self._dropped(terms) * features.gates[..., None, :]).sum(-1)
             weight, bias = self._wide(self.w2), self._wide(self.b2)
             hidden = self._dropped((a + b).relu())
             if self.num_heads is None:
                 return hidden @ weight + bias
-            return (hidden * F.embedding(group.long(), weight)).sum(-1) + F.embedding(
-                group.long(), bias[:, None]
-            ).squeeze(-1)
+            return (hidden * weight[:, None, None]).sum(-1) + bias[:, None, None]
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsetile.adaptive.config import AdaptiveConfig
 from sparsetile.adaptive.scorer import Features, ImportanceScorer
 from sparsetile.adaptive.select import own_tiles, reach
-from sparsetile.adaptive.summaries import group_queries, tile_summaries, valid_tiles
+from sparsetile.adaptive.summaries import group_queries, means_beside, tile_summaries, valid_tiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +19,7 @@ class Seen:
     """A call as the scorer sees it.
 
     Attributes:
+        q, k: to be attended with in place of those given, see :func:`means_beside`.
         q_sum, k_sum: ``[B, G, q_blocks, d]`` and ``[B, G, k_blocks, d]`` summaries.
         features: of them, by the scorer.
         heads: query heads.
@@ -27,6 +28,8 @@ class Seen:
         valid: bool ``[B, k_blocks]``: tiles with a key that is not ignored; None: all are.
     """
 
+    q: Tensor
+    k: Tensor
     q_sum: Tensor
     k_sum: Tensor
     features: Features
@@ -56,19 +59,18 @@ class Seen:
         of_query = None
         if padding is not None and config.self_attention:
             of_query = padding[:, offset:] if offset >= 0 else F.pad(padding, (-offset, 0), value=False)
+        tokens = block
         if config.query_summary == "first" or (config.query_summary == "auto" and is_causal):
-            # Tiles of one token: the one that each tile of the layout begins with.
-            of_query = None if of_query is None else of_query[:, ::block]
-            tokens = _wide(q[:, :, ::block])
-            q_sum = tile_summaries(tokens, 1, pooling=config.pooling, padding=of_query, sub=1)
-        else:
-            q_sum = tile_summaries(_wide(q), block, pooling=config.pooling, padding=of_query)
+            tokens = 1
+        q, q_sum = _summarised(q, block, tokens, config.pooling, of_query)
         q_sum = group_queries(q_sum, groups)
-        k_sum = tile_summaries(_wide(k), block, pooling=config.pooling, padding=padding)
+        k, k_sum = _summarised(k, block, block, config.pooling, padding)
         if groups > k.shape[1]:
             k_sum = k_sum.repeat_interleave(groups // k.shape[1], 1)
         nq, nk = q_sum.shape[2], k_sum.shape[2]
         return cls(
+            q,
+            k,
             q_sum,
             k_sum,
             scorer.features(q_sum, k_sum),
@@ -118,7 +120,14 @@ class Seen:
         return Features(a.index_select(2, rows), b, None if gates is None else gates.index_select(2, rows))
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Summaries have the dtype of their tokens; in 16 bits their rounding alone costs the scorer's gradients
-    up to 5 %."""
-    return x.float() if x.dtype.itemsize == 2 else x
+def _summarised(
+    x: Tensor, block: int, tokens: int, pooling: str, padding: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(x to go on with, summaries of the first ``tokens`` tokens of each tile: 1, or ``block``)."""
+    if pooling == "mean" and padding is None and x.requires_grad and torch.is_grad_enabled():
+        return means_beside(x, block, tokens)
+    if tokens == block:
+        return x, tile_summaries(x, block, pooling=pooling, padding=padding)
+    # Tiles of one token: the one that each tile of the layout begins with.
+    padding = None if padding is None else padding[:, ::block]
+    return x, tile_summaries(x[:, :, ::block], 1, pooling=pooling, padding=padding, sub=1)

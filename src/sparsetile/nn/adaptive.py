@@ -146,8 +146,44 @@ class BlockSparseAdaptive(Scored):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if need_weights and weights == "dense":
             check_dense_size(q, k.shape[2])
+        out, shares = self.attend(
+            q,
+            k,
+            v,
+            is_causal=is_causal,
+            key_padding_mask=key_padding_mask,
+            dropout=self.dropout if self.training else 0.0,
+            form=weights if need_weights else None,
+            average=average_attn_weights,
+        )
+        return out.transpose(1, 2) if shares is None else (out.transpose(1, 2), shares)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        is_causal: bool,
+        key_padding_mask: Tensor | None,
+        dropout: float,
+        form: str | None,
+        average: bool,
+        key_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """:meth:`forward` without its checks, heads first, with a dropout of the caller's.
+
+        Args:
+            q, k, v: ``[B, H, Nq, D]``, ``[B, Hkv, Nk, D]``.
+            form: of the weights, or None for none.
+            key_bias: ``[B, Nk]``, added to the logits of each key; the choice of tiles does not know it.
+
+        Returns:
+            ``[B, H, Nq, D]``, and the weights or None.
+        """
         config, scale = self.config, 1.0 / math.sqrt(q.shape[3]) if self.scale is None else self.scale
         seen = Seen.of(q, k, self.scorer, config, is_causal=is_causal, padding=key_padding_mask)
+        q, k = seen.q, seen.k
         places = choose_tiles(
             seen,
             config,
@@ -157,7 +193,7 @@ class BlockSparseAdaptive(Scored):
             noise=draw_seed(q.device) if self.training and config.exploration else None,
         )
         unscored = seen.unscored(places.column, seen.own[:, None])
-        bias = self.biases(self.scores(seen.features, places.column)).masked_fill(unscored, 0.0)
+        bias = self.biases(self.scorer.pairs(seen.features, places.column)).masked_fill(unscored, 0.0)
         tile_bias = places.to_edges(bias).to(torch.float64 if q.dtype == torch.float64 else torch.float32)
         out, lse = sparse_attention(
             q,
@@ -166,8 +202,9 @@ class BlockSparseAdaptive(Scored):
             places.layout,
             tile_bias=tile_bias,
             scale=scale,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
             key_padding_mask=key_padding_mask,
+            attn_bias=losses.for_queries(key_bias, q.shape[2]),
             enable_gqa=True,
             backend=self.backend,
             return_lse=True,
@@ -177,6 +214,7 @@ class BlockSparseAdaptive(Scored):
             q, k, v = q.to(out.dtype), k.to(out.dtype), v.to(out.dtype)  # as autocast had them
             options: dict[str, Any] = {
                 "key_padding_mask": key_padding_mask,
+                "key_bias": key_bias,
                 "scale": scale,
                 "backend": self.backend,
             }
@@ -190,19 +228,20 @@ class BlockSparseAdaptive(Scored):
         geometry = (seen.heads, seen.q_len, seen.k_len, seen.block, seen.is_causal)
         chosen = torch.where(places.valid, places.column, -1)
         self._last = _Last(chosen, geometry, _density(seen, places), distillation, sparsity)
-        if not need_weights:
-            return out.transpose(1, 2)
-        return out.transpose(1, 2), chosen_weights(
+        if form is None:
+            return out, None
+        return out, chosen_weights(
             q.to(out.dtype),
             k.to(out.dtype),
             lse,
             places,
             bias,
-            form=weights,
-            average=average_attn_weights,
+            form=form,
+            average=average,
             is_causal=is_causal,
             scale=scale,
             key_padding_mask=key_padding_mask,
+            key_bias=key_bias,
         )
 
     def _check_inputs(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> None:
@@ -283,7 +322,7 @@ class BlockSparseAdaptive(Scored):
 
     def _kept_divergence(self, seen: Seen, places: Places, mass: Tensor) -> Tensor:
         features = self.scorer.features(seen.q_sum.detach(), seen.k_sum.detach())
-        logits = self.scores(features, places.column) / self.temperature.detach()
+        logits = self.scorer.pairs(features, places.column) / self.temperature.detach()
         counted = places.valid & ~seen.unscored(places.column, seen.own[:, None])
         return losses.divergence(places.from_edges(mass), logits, counted)
 
@@ -296,7 +335,7 @@ class BlockSparseAdaptive(Scored):
         mass = torch.unflatten(mass, 1, (groups, -1)).sum(2)[:, :, None]
         features = self.scorer.features(seen.q_sum.index_select(2, row).detach(), seen.k_sum.detach())
         column = torch.arange(nk, device=q.device).expand(batch, groups, 1, nk)
-        logits = self.scores(features, column) / self.temperature.detach()
+        logits = self.scorer.pairs(features, column) / self.temperature.detach()
         counted = seen.allowed(row) & ~seen.unscored(column, seen.own[row])
         return losses.divergence(mass, logits, counted)
 
@@ -306,7 +345,7 @@ class BlockSparseAdaptive(Scored):
         shift = torch.randint(nq, (1,), device=device)
         rows = (torch.arange(count, device=device) * nq // count + shift) % nq
         column = torch.arange(nk, device=device)
-        scores = self.scores(seen.rows_of(rows), column.expand(batch, groups, count, nk))
+        scores = self.scorer.pairs(seen.rows_of(rows), column.expand(batch, groups, count, nk))
         allowed, own = seen.allowed(rows), seen.own[rows][:, None]
         if seen.is_causal:
             # As in the selection: the own tile is on the verge, a second one has no mass.

@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from sparsetile.adaptive.config import AdaptiveConfig
 from sparsetile.adaptive.losses import log_odds
-from sparsetile.adaptive.scorer import Features, ImportanceScorer
+from sparsetile.adaptive.scorer import ImportanceScorer
 from sparsetile.adaptive.summaries import summary_dim
 from sparsetile.arguments import check_tokens_first
 from sparsetile.errors import ArgumentError, CheckpointError, explain
@@ -174,13 +174,6 @@ class Scored(LazyModuleMixin, Planned):
         return value
 
     # -- scores ---------------------------------------------------------------------------------------
-
-    def scores(self, features: Features, column: Tensor) -> Tensor:
-        """Scores of key tiles ``column`` ``[B, G, rows, n]`` for the rows of the features, with gradient."""
-        line = [torch.arange(n, device=column.device) for n in column.shape[:3]]
-        batch, group, row = line[0].view(-1, 1, 1, 1), line[1].view(-1, 1, 1), line[2].view(-1, 1)
-        at = [x.expand(column.shape).reshape(-1) for x in (row, column, batch, group)]
-        return self.scorer.pairs(features, *at).view(column.shape)
 
     def biases(self, scores: Tensor) -> Tensor:
         """``β = log σ((s − θ)/τ)`` of scores ``[B, G, rows, n]``."""
