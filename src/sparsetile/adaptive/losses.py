@@ -22,9 +22,9 @@ def kept_mass(
     tile_bias: Tensor,
     *,
     key_padding_mask: Tensor | None,
-    key_bias: Tensor | None,
     scale: float,
     backend: str,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """The attention mass of every kept tile, ``m_e = ∂ Σ_q lse_q / ∂β_e = Σ_{q, k ∈ e} softmax(q·k)``.
 
@@ -81,9 +81,9 @@ def dense_mass(
     *,
     is_causal: bool,
     key_padding_mask: Tensor | None,
-    key_bias: Tensor | None,
     scale: float,
     backend: str,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """The mass that dense attention of one query tile puts on each key tile, ``Σ_{q, k ∈ e} softmax(q·k)``.
 

@@ -24,6 +24,7 @@ def chosen_weights(
     is_causal: bool,
     scale: float,
     key_padding_mask: Tensor | None,
+    key_bias: Tensor | None,
 ) -> Tensor:
     """The softmax weights of a call, before dropout.
 
@@ -33,10 +34,11 @@ def chosen_weights(
         form: ``"dense"``: with gradient; ``"sparse"``: a ``torch.sparse_bsr`` tensor without, whose lengths
             are rounded up to the block size, and that stores the tiles that any batch element or head keeps.
         average: the mean over heads ``[B, …]`` instead of ``[B, H, …]``.
+        key_bias: ``[B, Nk]``, added to the logits of each key.
     """
     if form == "sparse":
-        return _sparse(query, key, lse, places, bias, average, scale, key_padding_mask)
-    dense = _dense(query, key, places, bias, is_causal, scale, key_padding_mask)
+        return _sparse(query, key, lse, places, bias, average, scale, key_padding_mask, key_bias)
+    dense = _dense(query, key, places, bias, is_causal, scale, key_padding_mask, key_bias)
     return dense.mean(1) if average else dense
 
 
@@ -48,6 +50,7 @@ def _dense(
     is_causal: bool,
     scale: float,
     key_padding_mask: Tensor | None,
+    key_bias: Tensor | None,
 ) -> Tensor:
     layout, heads = places.layout, query.shape[1]
     logits = scaled_logits(query, key, scale)
@@ -57,6 +60,8 @@ def _dense(
     grid = grid[..., :-1].repeat_interleave(heads // grid.shape[1], 1)
     pairs = grid.repeat_interleave(layout.block_q, 2)[:, :, : layout.q_len]
     logits = logits + pairs.repeat_interleave(layout.block_k, 3)[..., : layout.k_len]
+    if key_bias is not None:
+        logits = logits + key_bias[:, None, None]
     if is_causal:
         last = torch.arange(layout.q_len, device=query.device) + (layout.k_len - layout.q_len)
         ahead = torch.arange(layout.k_len, device=query.device) > last[:, None]
@@ -78,6 +83,7 @@ def _sparse(
     average: bool,
     scale: float,
     key_padding_mask: Tensor | None,
+    key_bias: Tensor | None,
 ) -> Tensor:
     layout, block = places.layout, places.layout.block_k
     batch, heads = query.shape[:2]
@@ -106,6 +112,8 @@ def _sparse(
             own_q, own_k = query[b, h].to(lse.dtype)[queries], key[b, h // group].to(lse.dtype)[keys]
             with _exact(query.device.type):
                 tiles = torch.matmul(own_q, own_k.mT).mul_(scale).add_(beta[mine, None, None])
+            if key_bias is not None:
+                tiles += key_bias[b][keys][:, None]
             kept = bits[ids[mine]]
             if key_padding_mask is not None:
                 kept = kept & ~key_padding_mask[b][keys][:, None]
