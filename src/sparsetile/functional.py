@@ -306,6 +306,8 @@ _knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def as_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast q, k, v take its dtype, as F.scaled_dot_product_attention's do."""
+    if not torch._C._is_any_autocast_enabled():
+        return query, key, value
     kind = query.device.type
     if not _knows_autocast(kind) or not torch.is_autocast_enabled(kind):
         return query, key, value

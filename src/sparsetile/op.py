@@ -98,7 +98,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and type(q) in _PLAIN_TYPES
         and type(k) in _PLAIN_TYPES
         and type(v) in _PLAIN_TYPES
-        and q.device.type in ("cpu", "cuda")
+        and (q.is_cpu or q.is_cuda)
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None

@@ -15,7 +15,7 @@ from sparsetile.errors import LayoutError, explain
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.patterns.base import Pattern
 
-_Name = tuple[Pattern, int, int, int, int, int | None, str, int | None]
+_Name = tuple[Pattern, int, int, int, int, int | None, torch.device]
 
 
 class CacheStats(NamedTuple):
@@ -70,12 +70,10 @@ class LayoutCache:
         k_len = q_len if k_len is None else k_len
         block_q, block_k = block_size if isinstance(block_size, tuple) else (block_size, block_size)
         place = device if isinstance(device, torch.device) else torch.device(device)
-        index = place.index
-        if place.type == "cuda" and index is None:
-            index = torch.cuda.current_device()
-            place = torch.device("cuda", index)
+        if place.index is None and place.type == "cuda":
+            place = torch.device("cuda", torch.cuda.current_device())
         by_head = heads if isinstance(pattern, Pattern) and pattern.needs_heads else None
-        name = (pattern, q_len, k_len, block_q, block_k, by_head, place.type, index)
+        name = (pattern, q_len, k_len, block_q, block_k, by_head, place)
         with self._lock:
             found = self._kept.get(name)
             if found is not None:
