@@ -29,7 +29,7 @@ def create_block_sparse_attention(
     segment_lengths: Sequence[int] | None = None,
     dilation_rates: Sequence[int] | None = None,
     sparsity_ratio: float | None = None,
-    sparse_config: SparsePatternConfig | None = None,
+    sparse_config: SparsePatternConfig | AdaptiveConfig | None = None,
     distributed_config: DistributedSparseConfig | None = None,
     adaptive_config: AdaptiveConfig | None = None,
     **options: Any,
@@ -48,7 +48,8 @@ def create_block_sparse_attention(
         segment_lengths, dilation_rates: branches (tokens, tiles) of a dilated pattern.
         sparsity_ratio: the density asked for, in (0, 1]: 0.01 keeps one tile in a hundred.
         sparse_config: kind and sizes of the pattern, instead of ``sparsity_ratio``.
-        distributed_config, adaptive_config: settings of these variants.
+        distributed_config, adaptive_config: settings of these variants; the multihead variant learns its
+            tiles if it is given an ``adaptive_config``, or one as its ``sparse_config``.
         options: further keyword arguments of the variant's class.
 
     Raises:
@@ -81,7 +82,7 @@ def create_block_sparse_attention(
         "embed_dim": (embed_dim, ("multihead",)),
         "num_heads": (num_heads, ("multihead", "adaptive")),
         "distributed_config": (distributed_config, ("distributed",)),
-        "adaptive_config": (adaptive_config, ("adaptive",)),
+        "adaptive_config": (adaptive_config, ("multihead", "adaptive")),
         "segment_lengths": (segment_lengths, patterned),
         "dilation_rates": (dilation_rates, patterned),
         "sparsity_ratio": (sparsity_ratio, patterned),
@@ -116,6 +117,15 @@ def create_block_sparse_attention(
         )
     given: dict[str, Any] = {"sparse_config": sparse_config, "sparsity_ratio": sparsity_ratio}
     given |= {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
+    if adaptive_config is not None and sparse_config is not None:
+        raise ArgumentError(
+            explain(
+                "adaptive_config",
+                expected="None beside a sparse_config",
+                got="both",
+                fix="A pattern is fixed or learned: drop one.",
+            )
+        )
     given = {name: value for name, value in given.items() if value is not None}
     made: Planned
     if variant == "multihead":
@@ -129,6 +139,7 @@ def create_block_sparse_attention(
                 )
             )
         _check_options(BlockSparseRingMultiheadDilatedAttention, options)
+        given |= {} if adaptive_config is None else {"sparse_config": adaptive_config}
         made = BlockSparseRingMultiheadDilatedAttention(embed_dim, num_heads, **given, **options)
     elif variant == "adaptive":
         _check_options(BlockSparseAdaptive, options)
@@ -146,7 +157,17 @@ def create_multihead_block_sparse(
     sparsity_ratio: float | None = None,
     **options: Any,
 ) -> BlockSparseRingMultiheadDilatedAttention:
-    """``create_block_sparse_attention(variant="multihead", …)``: arguments and errors are those."""
+    """``create_block_sparse_attention(variant="multihead", …)``: arguments and errors are those.
+
+    Example:
+        >>> import torch, sparsetile as st
+        >>> config = st.AdaptiveConfig(base_sparsity=0.9)  # tiles that are learned
+        >>> attention = st.create_multihead_block_sparse(64, 4, sparse_config=config, batch_first=True)
+        >>> x = torch.randn(1, 2048, 64)
+        >>> out, _ = attention(x, x, x, need_weights=False)
+        >>> attention.learned.last_density
+        tensor(0.1250)
+    """
     made = create_block_sparse_attention(
         "multihead", embed_dim=embed_dim, num_heads=num_heads, sparsity_ratio=sparsity_ratio, **options
     )

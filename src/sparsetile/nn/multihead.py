@@ -14,6 +14,8 @@ from sparsetile.errors import ArgumentError, explain
 from sparsetile.functional import merge_attention, sparse_attention
 from sparsetile.kernels.select import check_name
 from sparsetile.layout.blocks import BlockLayout
+from sparsetile.nn.adaptive import AdaptiveConfig, BlockSparseAdaptive
+from sparsetile.nn.learned import attend_chosen, kept_by, refuse_mask
 from sparsetile.nn.masks import Masks, MultiheadError, check_inputs, masks_of
 from sparsetile.nn.plan import Planned, SparsePlan
 from sparsetile.nn.weights import (
@@ -28,11 +30,15 @@ from sparsetile.patterns.config import SparsePatternConfig
 
 
 class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
-    """``nn.MultiheadAttention`` that attends the keys of its pattern alone.
+    """``nn.MultiheadAttention`` that attends the keys of its pattern, or of the tiles that it learns, alone.
 
     Constructor, parameters, initialisation, state dict, forward arguments and results are those of
     ``nn.MultiheadAttention`` (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2). The output is the one it
     gives under the pattern's mask; with density 1 it is its output. See ``docs/multihead.md``.
+
+    With an :class:`AdaptiveConfig` the submodule ``learned``, a :class:`BlockSparseAdaptive`, chooses the
+    tiles of every input: its parameters, losses and views are there. Then ``attn_mask`` may be the causal
+    mask alone (with ``is_causal=True`` and L = S), and no keys are appended.
 
     It differs in three places: a query that may attend no key gets attention 0 (then the output projection)
     where ``nn.MultiheadAttention`` gives NaN; weights that were asked for are those of the kept keys, 0
@@ -46,12 +52,17 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
         sparsity_ratio: the density, in (0, 1]; default 0.1.
         segment_lengths, dilation_rates: branches of a ``"dilated_sparse"`` pattern (tokens, tiles); without
             them the pattern is ``"global_local"``.
-        sparse_config: kind, density and sizes of the pattern, instead of ``sparsity_ratio``.
+        sparse_config: kind, density and sizes of the pattern, instead of ``sparsity_ratio``; or an
+            :class:`AdaptiveConfig`: tiles are learned.
         backend: as in :func:`sparsetile.sparse_attention`.
+
+    Attributes:
+        plan: the fixed pattern's; absent where tiles are learned.
+        learned: what chooses the tiles, or None.
 
     Raises:
         PatternError: impossible branches, density or sizes.
-        ArgumentError: an unknown backend.
+        ArgumentError: an unknown backend; learned tiles with ``add_bias_kv`` or ``add_zero_attn``.
 
     Example:
         >>> import torch, sparsetile as st
@@ -63,6 +74,7 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
     """
 
     backend: str
+    learned: BlockSparseAdaptive | None
 
     def __init__(
         self,
@@ -81,11 +93,20 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
         sparsity_ratio: float | None = None,
         segment_lengths: Sequence[int] | None = None,
         dilation_rates: Sequence[int] | None = None,
-        sparse_config: SparsePatternConfig | None = None,
+        sparse_config: SparsePatternConfig | AdaptiveConfig | None = None,
         backend: str = "auto",
     ) -> None:
-        plan = SparsePlan.of(segment_lengths, dilation_rates, sparse_config, sparsity_ratio)
+        kept = kept_by(segment_lengths, dilation_rates, sparse_config, sparsity_ratio)
         check_name(backend)
+        if isinstance(kept, AdaptiveConfig) and (add_bias_kv or add_zero_attn):
+            raise ArgumentError(
+                explain(
+                    "add_bias_kv, add_zero_attn",
+                    expected="False beside an AdaptiveConfig",
+                    got=f"{add_bias_kv}, {add_zero_attn}",
+                    fix="The keys that these append lie in no tile that could be chosen.",
+                )
+            )
         super().__init__(
             embed_dim,
             num_heads,
@@ -99,12 +120,24 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
             device,
             dtype,
         )
-        self._follow(plan, backend)
+        self._follow(kept, backend)
 
-    def _follow(self, plan: SparsePlan, backend: str) -> None:
-        """Makes a constructed ``nn.MultiheadAttention`` attend by ``plan``."""
-        self.plan = plan
+    def _follow(self, kept: SparsePlan | AdaptiveConfig, backend: str) -> None:
+        """Makes a constructed ``nn.MultiheadAttention`` attend the keys of a plan, or of tiles it learns."""
         self.backend = backend
+        self.learned = None
+        if isinstance(kept, SparsePlan):
+            self.plan = kept
+        else:
+            weight = self.out_proj.weight
+            self.learned = BlockSparseAdaptive(
+                kept,
+                num_heads=self.num_heads,
+                head_dim=self.head_dim,
+                backend=backend,
+                device=weight.device,
+                dtype=weight.dtype,
+            ).train(self.training)
         # nn.TransformerEncoderLayer and nn.TransformerEncoder read this of their attention before they run
         # fused dense attention on its weights in its place. Here `in_proj_weight` says what this said.
         self._qkv_same_embed_dim = False
@@ -123,9 +156,18 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
         heads: int | None = None,
         device: torch.device | str | None = None,
     ) -> BlockLayout:
-        """The layout that a forward of these lengths uses; see :meth:`Planned.layout_for`."""
+        """The layout that a forward of these lengths uses; see :meth:`Planned.layout_for`.
+
+        Raises:
+            ArgumentError: tiles are learned: see ``learned.last_layout``.
+        """
+        if self.learned is not None:
+            self.learned.layout_for()
         heads = self.num_heads if heads is None else heads
         return super().layout_for(q_len, k_len, is_causal, heads=heads, device=device)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() if self.learned is None else self.chosen
 
     def forward(
         self,
@@ -149,7 +191,8 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
             need_weights: also return the weights. That takes memory in L·S; pass False if you do not use
                 them.
             attn_mask: ``[L, S]`` or ``[B·H, L, S]``; bool: True = not allowed; float: added to the logits.
-                It acts within the pattern, and takes memory in L·S.
+                It acts within the pattern, and takes memory in L·S. With learned tiles only beside
+                ``is_causal=True``, with L = S.
             average_attn_weights: the mean over heads instead of each head's own.
             is_causal: a hint that ``attn_mask``, which must be given, is the causal mask. For L = S the
                 causal pattern then replaces the mask.
@@ -162,7 +205,8 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
 
         Raises:
             MultiheadError: shapes, dtypes or hints that ``nn.MultiheadAttention`` rejects too.
-            ArgumentError: dense weights past 1 GiB; sparse weights of a module with appended keys.
+            ArgumentError: dense weights past 1 GiB; sparse weights of a module with appended keys; with
+                learned tiles another mask than the causal one.
         """
         check_form(weights, need_weights)
         if not (type(query) is type(key) is type(value) is Tensor):
@@ -189,6 +233,8 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
             attn_mask=attn_mask,
             is_causal=is_causal,
         )
+        if self.learned is not None and attn_mask is not None and not masks.is_causal:
+            refuse_mask(attn_mask, q.shape[2], k.shape[2])
         form = weights if need_weights else None
         out, shares = self._attend(q, k, v, masks, form, average_attn_weights)
         if not batched:
@@ -238,22 +284,29 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
                     fix="The keys that these append lie in no tile; dense weights show them.",
                 )
             )
-        pattern = self.plan.attended(masks.is_causal)
-        out, lse = self._kept(q, k, v, pattern, masks, 0.0 if by_weights else dropout)
-        if appended is not None:
-            logits = scaled_logits(q, appended[0])
-            shares = F.dropout(logits.softmax(-1), 0.0 if by_weights else dropout).to(out.dtype)
-            out, lse = merge_attention((out, lse), (shares @ appended[1], logits.logsumexp(-1)))
-        options: dict[str, Any] = {
-            "key_padding_mask": masks.padding,
-            "attn_bias": masks.bias,
-            "block_size": self.plan.block_size,
-        }
-        if form is None:
-            return out, None
-        if form == "sparse":
-            return out, sparse_weights(q, k, lse, pattern, average=average, **options)
-        shares = dense_weights(q, k, pattern, appended=appended and appended[0], **options)
+        shares: Tensor | None
+        if self.learned is not None:
+            of_chosen = (self.learned, q, k, v, masks, 0.0 if by_weights else dropout)
+            out, shares = attend_chosen(*of_chosen, form, average and form == "sparse")
+        else:
+            pattern = self.plan.attended(masks.is_causal)
+            out, lse = self._kept(q, k, v, pattern, masks, 0.0 if by_weights else dropout)
+            if appended is not None:
+                logits = scaled_logits(q, appended[0])
+                own = F.dropout(logits.softmax(-1), 0.0 if by_weights else dropout).to(out.dtype)
+                out, lse = merge_attention((out, lse), (own @ appended[1], logits.logsumexp(-1)))
+            options: dict[str, Any] = {
+                "key_padding_mask": masks.padding,
+                "attn_bias": masks.bias,
+                "block_size": self.plan.block_size,
+            }
+            shares = None
+            if form == "sparse":
+                shares = sparse_weights(q, k, lse, pattern, average=average, **options)
+            elif form == "dense":
+                shares = dense_weights(q, k, pattern, appended=appended and appended[0], **options)
+        if form != "dense" or shares is None:
+            return out, shares
         if by_weights:
             shares = F.dropout(shares, dropout)
             if appended is not None:

@@ -50,7 +50,8 @@ class SparsePlan:
                     "sparse_config",
                     expected="a SparsePatternConfig or None",
                     got=type(self.config).__name__,
-                    fix="For a pattern of your own: SparsePatternConfig(Local(1024) | Global(64)).",
+                    fix="For a pattern of your own: SparsePatternConfig(Local(1024) | Global(64)). Learned "
+                    "tiles are the adaptive and the multi-head variant's.",
                 )
             )
         made = tuple(self.config.pattern(is_causal, lengths, rates) for is_causal in (False, True))

@@ -39,14 +39,14 @@ class Preset:
     def create(self, **options: Any) -> Planned:
         """The module: the factory's with these settings; ``options`` add to them or replace them.
 
-        With ``embed_dim`` and ``num_heads`` a base preset becomes the multihead variant.
+        With ``embed_dim`` and ``num_heads`` a preset becomes the multihead variant.
 
         Raises:
             ArgumentError, PatternError, NotBuiltError: as the factory.
         """
         names = ("variant", "sparse_config", "segment_lengths", "dilation_rates", "adaptive_config")
         own = {name: getattr(self, name) for name in names}
-        if self.variant == "base" and options.get("embed_dim") is not None:
+        if options.get("embed_dim") is not None:
             own["variant"] = "multihead"
         return create_block_sparse_attention(**(own | options))
 
