@@ -34,12 +34,12 @@ def means(x, block, ignored):
     return torch.stack(out, 2)
 
 
-def dense_adaptive(config, parameters, q, k, v, tiles, *, is_causal, padding, first, scale):
+def dense_adaptive(config, parameters, q, k, v, tiles, *, is_causal, padding, first, scale, key_bias=None):
     """Output [B, Nq, H, D], weights [B, H, Nq, Nk], and θ and log τ as every tile reads them, of q, k, v
     [B, N, H, D] over ``tiles``.
 
     ``parameters``: w_q, w_k, b1, w2, b2, theta, log_tau. ``first``: query tiles are judged by their first
-    query. All in float64.
+    query. ``key_bias``: [B, Nk], added to every logit of the key. All in float64.
     """
     p, block = parameters, config.block_size
     batch, q_len, heads, _ = q.shape
@@ -86,6 +86,8 @@ def dense_adaptive(config, parameters, q, k, v, tiles, *, is_causal, padding, fi
         allowed = allowed & (torch.arange(k_len) <= position[:, None])
     kk, vv = (x.repeat_interleave(heads // kv_heads, 2) for x in (k, v))
     logits = torch.einsum("bqhd,bkhd->bhqk", q, kk) * scale + spread
+    if key_bias is not None:
+        logits = logits + key_bias[:, None, None]
     empty = ~allowed.any(-1, keepdim=True)
     logits = logits.masked_fill(~allowed, -math.inf).masked_fill(empty, 0.0)
     weights = logits.softmax(-1).masked_fill(empty, 0.0)
@@ -149,3 +151,37 @@ def run_oracle(module, q, k, v, is_causal=False, padding=None):
         scale=module.scale or 1 / math.sqrt(q.shape[3]),
     )
     return leaf, *result
+
+
+def compare(module, q, k, v, limit, is_causal=False, padding=None):
+    """Asserts that output and every gradient are those of attention written out, within ``limit``."""
+    for x in (q, k, v):
+        x.grad = None
+    module.zero_grad()
+    out = module(q, k, v, is_causal=is_causal, key_padding_mask=padding)
+    weight = torch.randn(out.shape, dtype=torch.float64, device=out.device)
+    if padding is not None:
+        # With dropped rows the sums of gradients over tokens differ from tile to tile.
+        weight = weight * (torch.rand(out.shape[:2], device=out.device) < 0.8)[..., None, None]
+    weight = weight.to(out.dtype).double()
+    (out * weight).sum().backward()
+    with out.device:
+        leaf, expected, _, read = run_oracle(module, q, k, v, is_causal, padding)
+    for x in read:
+        x.retain_grad()
+    (expected * weight).sum().backward()
+    # Scalars are sums over all tiles that may cancel: they are measured against what is summed. Where softmax
+    # has one tile to choose from nothing is left to sum: then against a tenth of the gradient of one β, a
+    # sum over its rows of products dO·V of size √D.
+    unit = {name: x.grad.norm().item() for name, x in zip(("theta", "log_tau"), read, strict=True)}
+    unit["b2"] = unit["theta"]
+    least = 0.1 * math.sqrt(module.config.block_size * q.shape[3])
+    grads = {"theta": module.threshold.grad, "log_tau": module.log_temperature.grad}
+    grads |= {name: x.grad for name, x in module.scorer.named_parameters()}
+    grads |= {"q": q.grad, "k": k.grad, "v": v.grad}
+    pairs = {name: (grad, leaf[name].grad) for name, grad in grads.items() if grad is not None}
+    assert len(pairs) >= 9
+    for name, (got, want) in ({"out": (out, expected)} | pairs).items():
+        size = max(want.norm().item(), unit.get(name, 0.0), least)
+        error = (got.double() - want).norm().item() / size
+        assert error <= limit, f"{name}: {error:.3g} above {limit:.3g}"

@@ -1,47 +1,12 @@
 """The output and gradients of BlockSparseAdaptive against attention written out; its losses."""
 
-import math
-
 import pytest
 import torch
 
 import sparsetile as st
-from adaptive_oracle import BLOCK, fresh, inputs, made, run_oracle, tail_padding
+from adaptive_oracle import compare, fresh, inputs, made, tail_padding
 from sparsetile.adaptive.seen import Seen
 from sparsetile.errors import ArgumentError
-
-
-def compare(module, q, k, v, limit, is_causal=False, padding=None):
-    for x in (q, k, v):
-        x.grad = None
-    module.zero_grad()
-    out = module(q, k, v, is_causal=is_causal, key_padding_mask=padding)
-    weight = torch.randn(out.shape, dtype=torch.float64)
-    if padding is not None:
-        # With dropped rows the sums of gradients over tokens differ from tile to tile.
-        weight = weight * (torch.rand(out.shape[:2]) < 0.8)[..., None, None]
-    weight = weight.to(out.dtype).double()
-    (out * weight).sum().backward()
-    leaf, expected, _, read = run_oracle(module, q, k, v, is_causal, padding)
-    for x in read:
-        x.retain_grad()
-    (expected * weight).sum().backward()
-    # Scalars are sums over all tiles that may cancel: they are measured against what is summed. Where softmax
-    # has one tile to choose from nothing is left to sum: then against a tenth of the gradient of one β, a
-    # sum over its rows of products dO·V of size √D.
-    unit = {name: x.grad.norm().item() for name, x in zip(("theta", "log_tau"), read, strict=True)}
-    unit["b2"] = unit["theta"]
-    least = 0.1 * math.sqrt(BLOCK * q.shape[3])
-    grads = {"theta": module.threshold.grad, "log_tau": module.log_temperature.grad}
-    grads |= {name: x.grad for name, x in module.scorer.named_parameters()}
-    grads |= {"q": q.grad, "k": k.grad, "v": v.grad}
-    pairs = {name: (grad, leaf[name].grad) for name, grad in grads.items() if grad is not None}
-    assert len(pairs) >= 9
-    for name, (got, want) in ({"out": (out, expected)} | pairs).items():
-        size = max(want.norm().item(), unit.get(name, 0.0), least)
-        error = (got.double() - want).norm().item() / size
-        assert error <= limit, f"{name}: {error:.3g} above {limit:.3g}"
-
 
 CASES = {
     "plain": {},
