@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sparsetile as st
-from adaptive_oracle import compare, fresh, inputs, made, tail_padding
+from adaptive_oracle import BLOCK, compare, fresh, inputs, made, run_oracle, tail_padding
 from sparsetile.adaptive.seen import Seen
 from sparsetile.errors import ArgumentError
 
