@@ -51,6 +51,8 @@ class AdaptiveConfig:
             padding the query takes no part in its tile's summary. False where queries are other tokens.
         distillation: what :meth:`distillation_loss` compares with: ``"none"``, ``"kept"``: the true mass of
             the tiles that were kept, ``"sampled"``: the dense mass of one query tile, drawn at each forward.
+        coarse: add σ(g)·softmax_j(scale·q·k̄_j)·v̄_j over the pooled keys and values of all tiles that a query
+            sees, with a learned gate g that starts where σ(g) = 0.05; see :func:`add_coarse`.
 
     Raises:
         ArgumentError: a value is not as above.
@@ -78,6 +80,7 @@ class AdaptiveConfig:
     query_summary: Literal["auto", "tile", "first"] = "auto"
     self_attention: bool = True
     distillation: Literal["none", "kept", "sampled"] = "none"
+    coarse: bool = False
 
     def __post_init__(self) -> None:
         self._demand(
@@ -108,6 +111,7 @@ class AdaptiveConfig:
             "sink",
             "exploration",
             "self_attention",
+            "coarse",
         ):
             self._demand(name, isinstance(getattr(self, name), bool), "True or False", "Pass a bool.")
         self._demand("hidden_dim", _count(self.hidden_dim), "an integer ≥ 1", "32 is usual.")

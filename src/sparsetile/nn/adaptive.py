@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsetile.adaptive import losses
 from sparsetile.adaptive.choose import choose_tiles
+from sparsetile.adaptive.coarse import add_coarse
 from sparsetile.adaptive.config import AdaptiveConfig
 from sparsetile.adaptive.places import Places
 from sparsetile.adaptive.seen import Seen
@@ -46,6 +47,9 @@ class BlockSparseAdaptive(Scored):
 
     In evaluation there is no noise: the same input gives the same bits. Nothing of a neighbour in the batch
     enters a result.
+
+    With ``coarse=True`` attention over one pooled key and value of every tile that a query sees is added,
+    ``out + σ(g)·coarse``: see :func:`sparsetile.adaptive.coarse.add_coarse`.
 
     **Causal calls** choose for a whole tile of queries at once, so what chooses must not know what comes
     after the tile's first query: the tile is judged by its first query alone (``query_summary="auto"``) and
@@ -127,7 +131,8 @@ class BlockSparseAdaptive(Scored):
             is_causal: also forbid keys after the query; with Nq ≠ Nk the last query stands at the last key.
             key_padding_mask: bool ``[B, Nk]``, True = ignore this key. A tile of such keys alone is never
                 chosen.
-            need_weights: also return the softmax weights (before dropout), see ``weights``.
+            need_weights: also return the softmax weights (before dropout), see ``weights``. Not with
+                ``coarse=True``, whose output is no one softmax.
             average_attn_weights: the mean over heads instead of each head's own.
             weights: ``"dense"``: ``[B, Nq, Nk]`` (or ``[B, H, Nq, Nk]``), up to a size; ``"sparse"``: a
                 ``torch.sparse_bsr`` tensor of the tiles that any batch element or head keeps.
@@ -182,6 +187,15 @@ class BlockSparseAdaptive(Scored):
             ``[B, H, Nq, D]``, and the weights or None.
         """
         config, scale = self.config, 1.0 / math.sqrt(q.shape[3]) if self.scale is None else self.scale
+        if config.coarse and form is not None:
+            raise ArgumentError(
+                explain(
+                    "need_weights",
+                    expected="False with coarse=True, whose output is a sum of two softmaxes",
+                    got=True,
+                    fix="Pass need_weights=False; last_tiles and last_layout tell what was kept.",
+                )
+            )
         seen = Seen.of(q, k, self.scorer, config, is_causal=is_causal, padding=key_padding_mask)
         q, k = seen.q, seen.k
         places = choose_tiles(
@@ -228,6 +242,21 @@ class BlockSparseAdaptive(Scored):
         geometry = (seen.heads, seen.q_len, seen.k_len, seen.block, seen.is_causal)
         chosen = torch.where(places.valid, places.column, -1)
         self._last = _Last(chosen, geometry, _density(seen, places), distillation, sparsity)
+        if self.coarse_gate is not None:
+            out = add_coarse(
+                out,
+                q,
+                k,
+                v,
+                self.coarse_gate,
+                block=seen.block,
+                is_causal=is_causal,
+                key_padding_mask=key_padding_mask,
+                key_bias=key_bias,
+                scale=scale,
+                dropout=dropout,
+                backend=self.backend,
+            )
         if form is None:
             return out, None
         return out, chosen_weights(

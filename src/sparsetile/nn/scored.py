@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
+from sparsetile.adaptive import coarse
 from sparsetile.adaptive.config import AdaptiveConfig
 from sparsetile.adaptive.losses import log_odds
 from sparsetile.adaptive.scorer import ImportanceScorer
@@ -33,11 +34,13 @@ class Scored(LazyModuleMixin, Planned):
         scorer: see :class:`ImportanceScorer`; one for all groups, or with ``share_heads=False`` one each.
         threshold: θ, ``[1]``, or ``[G]`` with ``share_heads=False``.
         log_temperature: log τ, a scalar; a parameter if it is learnable, else a buffer.
+        coarse_gate: g of the coarse branch, shaped as θ; None with ``coarse=False``.
     """
 
     scorer: ImportanceScorer
     threshold: nn.Parameter
     log_temperature: Tensor
+    coarse_gate: nn.Parameter | None
 
     def __init__(
         self,
@@ -66,9 +69,13 @@ class Scored(LazyModuleMixin, Planned):
             groups = self.groups_of(num_heads, self.num_kv_heads)
             self.scorer = self._scorer_of(head_dim, groups, device=device, dtype=dtype)
             self.threshold = nn.Parameter(self._first_threshold(groups, device, dtype))
+            self.coarse_gate = (
+                nn.Parameter(self._first_gate(groups, device, dtype)) if config.coarse else None
+            )
             self._infer_parameters(self, (), None)  # nothing waits: this takes the hooks away
             return
         self.threshold = _waiting(device, dtype)
+        self.coarse_gate = _waiting(device, dtype) if config.coarse else None
         # Which parameters a scorer has does not depend on sizes.
         self.scorer = self._scorer_of(1, 1, device="meta")
         for name, _ in list(self.scorer.named_parameters()):
@@ -91,6 +98,12 @@ class Scored(LazyModuleMixin, Planned):
     ) -> Tensor:
         shape = (1 if self.config.share_heads else groups,)
         return torch.full(shape, -_START * self.config.temperature, device=device, dtype=dtype)
+
+    def _first_gate(
+        self, groups: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        shape = (1 if self.config.share_heads else groups,)
+        return torch.full(shape, log_odds(coarse.START), device=device, dtype=dtype)
 
     def groups_of(self, heads: int, kv_heads: int) -> int:
         """Selection groups of a call."""
@@ -122,6 +135,8 @@ class Scored(LazyModuleMixin, Planned):
             setattr(drawn, name, waiting[name])
         self.scorer = drawn
         _fill(self.threshold, self._first_threshold(groups, device, dtype))
+        if self.coarse_gate is not None:
+            _fill(self.coarse_gate, self._first_gate(groups, device, dtype))
         self.log_temperature.data = self.log_temperature.data.to(device)
 
     # -- checkpoints ----------------------------------------------------------------------------------

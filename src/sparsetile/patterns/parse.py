@@ -10,6 +10,7 @@ from sparsetile.errors import PatternError, explain
 from sparsetile.patterns.base import Pattern
 from sparsetile.patterns.branches import NotInBranches
 from sparsetile.patterns.budget import Budget
+from sparsetile.patterns.ended import Ended
 from sparsetile.patterns.fixed import Causal, Documents, Full, Global, Local, Random
 from sparsetile.patterns.lattice import Dilated, LogStrided, Strided
 
@@ -18,7 +19,7 @@ _KNOWN: dict[str, Callable[..., Pattern]] = {
     for kind in (Budget, Causal, Dilated, Documents, Full, Global, Local, LogStrided, Random, Strided)
 }
 # Made inside the package alone; compiled graphs carry them as text too.
-_INNER: dict[str, Callable[..., Pattern]] = {NotInBranches.__name__: NotInBranches}
+_INNER: dict[str, Callable[..., Pattern]] = {kind.__name__: kind for kind in (Ended, NotInBranches)}
 _METHOD = "block_aligned"
 _LONGEST = 1 << 20
 
