@@ -38,14 +38,18 @@ def test_divergence():
     assert losses.divergence(mass, logits, torch.zeros_like(counted)).item() == 0.0
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_dense_mass(is_causal):
+def test_dense_mass(is_causal, biased):
     batch, heads, q_len, k_len, block, dim = 2, 4, 75, 107, 16, 8
     q = torch.randn(batch, heads, q_len, dim, dtype=torch.float64)
     k, v = torch.randn(2, batch, 2, k_len, dim, dtype=torch.float64).unbind()
     padding = torch.rand(batch, k_len) < 0.2
     padding[1, :60] = True
+    key_bias = torch.randn(batch, k_len, dtype=torch.float64) if biased else None
     logits = 0.3 * q @ k.repeat_interleave(2, 1).mT
+    if biased:
+        logits = logits + key_bias[:, None, None]
     logits = logits.masked_fill(padding[:, None, None], -math.inf)
     if is_causal:
         ahead = torch.arange(k_len) > torch.arange(q_len)[:, None] + k_len - q_len
@@ -58,6 +62,7 @@ def test_dense_mass(is_causal):
             block,
             is_causal=is_causal,
             key_padding_mask=padding,
+            key_bias=key_bias,
             scale=0.3,
             backend="cpu",
         )
