@@ -190,6 +190,19 @@ def test_dense_weights_in_training_are_those_that_made_the_output():
         assert torch.equal(module(x, x, x, need_weights=need_weights)[0], module.out_proj.bias.expand_as(x))
 
 
+def test_a_coarse_branch_is_the_submodules():
+    fresh()
+    config = st.AdaptiveConfig(0.6, block_size=BLOCK, coarse=True)
+    module = module_of(16, 2, config=config, batch_first=True).eval()
+    x, padding = torch.randn(2, 90, 16), torch.arange(90) >= torch.tensor([[90], [51]])
+    out, _ = module(x, x, x, key_padding_mask=padding, need_weights=False)
+    q, k, v = (y.unflatten(-1, (2, -1)) for y in module._project(x, x, x))
+    inner = module.learned(q, k, v, key_padding_mask=padding)
+    torch.testing.assert_close(out, module.out_proj(inner.flatten(2)))
+    with pytest.raises(ArgumentError, match="need_weights"):
+        module(x, x, x)
+
+
 @pytest.mark.parametrize("kind", ["kept", "sampled"])
 def test_losses_of_an_encoder_reach_their_scorers_alone(kind):
     fresh()
