@@ -65,7 +65,7 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
     if kernel == "forward":
         return triton_launch.forward_launches(q, k, k, q, statistic, request, on)[0]
     if kernel in ("delta", "backward"):
-        parts = triton_launch.tile_grad_parts(q, request, on)
+        parts = triton_launch.tile_grad_parts(layout)
         tile_grad = torch.zeros(parts, 1, heads, layout.capacity) if featured else None
         bias_grad = torch.zeros(1, heads, length, length) if featured else None
         saved = (q, statistic, q, statistic if featured else None)

@@ -16,6 +16,7 @@ from sparsetile.kernels.triton_tiles import (
     dropout_keep,
     dropout_row,
     dropout_stream,
+    first_bias,
     first_block,
     item_of,
     load_tile,
@@ -30,16 +31,21 @@ from sparsetile.kernels.triton_tiles import (
 @triton.jit
 def attend(
     acc, total, peak, q_tile, k, v, first, last, block, others, mask_ids, masks, edges, padding, bias_rows,
-    tile_bias, hashes, query, queries_ok, sk_n, sv_n, sb_k, k_len, scale, threshold,
+    tile_bias, next_bias, next_edge, item_end, hashes, query, queries_ok, sk_n, sv_n, sb_k, k_len, scale,
+    threshold,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):
     # fmt: on
-    """Fold entries first … last into (acc, total, peak). Whole tiles take neither masks nor bounds checks."""
+    """Fold entries first … last into (acc, total, peak). Whole tiles take neither masks nor bounds checks.
+
+    ``next_bias`` is the tile bias of the first step and ``next_edge`` the edge of the second, see
+    ``first_bias``. Both come back for the step after the last, up to ``item_end``.
+    """
     steps: tl.constexpr = BLOCK_K // N
     check: tl.constexpr = MASKED or padding is not None
-    biased: tl.constexpr = bias_rows is not None or tile_bias is not None
-    may_be_empty: tl.constexpr = check or biased
+    scaled: tl.constexpr = bias_rows is not None  # scores are in base 2 before the softmax, not in it
+    may_be_empty: tl.constexpr = check or scaled or tile_bias is not None
     keys = tl.arange(0, N)
     dims = tl.arange(0, BLOCK_D)
     for step in range(first * steps, last * steps):
@@ -48,6 +54,14 @@ def attend(
         key0 = block * BLOCK_K + key_in_tile
         # The next tile's address is under way while this tile is computed.
         block = tl.load(others + tl.minimum((step + 1) // steps, last - 1))
+        if tile_bias is not None:
+            # Waited for here, not in the step that loads it.
+            shift = next_bias * LOG2E
+            if edges is None:
+                next_bias = tl.load(tile_bias + tl.minimum((step + 1) // steps, item_end - 1))
+            else:
+                next_bias = tl.load(tile_bias + next_edge)
+                next_edge = tl.load(edges + tl.minimum((step + 2) // steps, item_end - 1))
         key_ok = keys >= 0
         if MASKED:
             key_ok = key0 + keys < k_len
@@ -55,20 +69,14 @@ def attend(
             key_ok = key_ok & (tl.load(padding + key0 + keys, mask=key_ok, other=1) == 0)
         k_tile = load_tile(k + key0.to(tl.int64) * sk_n, keys, sk_n, dims, key_ok, D, BLOCK_D, check)
         s = product(q_tile, tl.trans(k_tile), None, PRECISION)
-        if biased:
+        if bias_rows is not None:
             s = s * scale
-            if bias_rows is not None:
-                bias_at = bias_rows[:, None] + (key0 + keys).to(tl.int64)[None, :] * sb_k
-                if check:
-                    bias_tile = tl.load(bias_at, mask=queries_ok[:, None] & key_ok[None, :], other=0.0)
-                else:
-                    bias_tile = tl.load(bias_at)
-                s += bias_tile.to(tl.float32) * LOG2E
-            if tile_bias is not None:
-                edge = entry
-                if edges is not None:
-                    edge = tl.load(edges + entry)
-                s += tl.load(tile_bias + edge) * LOG2E
+            bias_at = bias_rows[:, None] + (key0 + keys).to(tl.int64)[None, :] * sb_k
+            if check:
+                bias_tile = tl.load(bias_at, mask=queries_ok[:, None] & key_ok[None, :], other=0.0)
+            else:
+                bias_tile = tl.load(bias_at)
+            s += bias_tile.to(tl.float32) * LOG2E
         if MASKED:
             mask_id = tl.load(mask_ids + entry)
             allowed = allowed_pairs(masks, mask_id, query, key_in_tile, keys, BLOCK_Q, BLOCK_K, N, False)
@@ -76,18 +84,27 @@ def attend(
         if padding is not None:
             s = tl.where(key_ok[None, :], s, float("-inf"))
 
-        if biased:
-            new_peak = tl.maximum(peak, tl.max(s, 1))
+        if scaled:
+            top = tl.max(s, 1)
         else:
-            new_peak = tl.maximum(peak, tl.max(s, 1) * scale)
+            top = tl.max(s, 1) * scale
+        if tile_bias is not None:
+            new_peak = tl.maximum(peak, top + shift)
+        else:
+            new_peak = tl.maximum(peak, top)
         # exp2(−inf − −inf) is NaN: a row that has met no key yet is measured from 0.
         origin = new_peak
         if may_be_empty:
             origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        if biased:
-            p = tl.exp2(s - origin[:, None])
+        zero = origin
+        if tile_bias is not None:
+            # A scalar for all of the tile moves the rows' origins instead of its scores. Never below the
+            # largest score, as rounding could take it at biases of great size.
+            zero = tl.maximum(origin - shift, top)
+        if scaled:
+            p = tl.exp2(s - zero[:, None])
         else:
-            p = tl.exp2(s * scale - origin[:, None])
+            p = tl.exp2(s * scale - zero[:, None])
         shrink = tl.exp2(peak - origin)
         total = total * shrink + tl.sum(p, 1)
         if DROPOUT:
@@ -95,7 +112,7 @@ def attend(
         v_tile = load_tile(v + key0.to(tl.int64) * sv_n, keys, sv_n, dims, key_ok, D, BLOCK_D, check)
         acc = product(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], PRECISION)
         peak = new_peak
-    return acc, total, peak
+    return acc, total, peak, next_bias, next_edge
 
 
 @triton.jit
@@ -146,6 +163,9 @@ def forward_kernel(
         bias = bias + batch * sb_b + head * sb_h + (query0 + queries) * sb_q
     if tile_bias is not None:
         tile_bias += batch * st_b + head * st_h
+    next_bias, next_edge = 0.0, 0
+    if tile_bias is not None:
+        next_bias, next_edge = first_bias(tile_bias, edges, start, end, BLOCK_K // N)
     hashes = 0
     if seed is not None:
         hashes = dropout_row(dropout_stream(seed, batch * heads + head), query0 + queries)
@@ -154,17 +174,17 @@ def forward_kernel(
     total = tl.zeros((M,), tl.float32)
     peak = tl.full((M,), float("-inf"), tl.float32)
     # fmt: off
-    acc, total, peak = attend(
+    acc, total, peak, next_bias, next_edge = attend(
         acc, total, peak, q_tile, k, v, start, full_end, entry, others, mask_ids, masks, edges, padding, bias,
-        tile_bias, hashes, first_query + queries, queries_ok, sk_n, sv_n, sb_k, k_len, scale, threshold,
-        False, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
+        tile_bias, next_bias, next_edge, end, hashes, first_query + queries, queries_ok, sk_n, sv_n, sb_k,
+        k_len, scale, threshold, False, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
     )
     if PARTIAL:
         entry = first_block(others, start, full_end, end, entry)
-        acc, total, peak = attend(
+        acc, total, peak, next_bias, next_edge = attend(
             acc, total, peak, q_tile, k, v, full_end, end, entry, others, mask_ids, masks, edges, padding,
-            bias, tile_bias, hashes, first_query + queries, queries_ok, sk_n, sv_n, sb_k, k_len, scale,
-            threshold, True, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
+            bias, tile_bias, next_bias, next_edge, end, hashes, first_query + queries, queries_ok, sk_n, sv_n,
+            sb_k, k_len, scale, threshold, True, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
         )
     # fmt: on
     empty = total == 0.0

@@ -8,11 +8,13 @@ import triton
 import triton.language as tl
 
 from sparsetile.kernels.triton_tiles import (
+    GRAD_ROWS,
     LOG2E,
     allowed_pairs,
     dropout_keep,
     dropout_row,
     dropout_stream,
+    first_bias,
     first_block,
     load_tile,
     place,
@@ -25,14 +27,17 @@ from sparsetile.kernels.triton_tiles import (
 @triton.jit
 def collect_columns(
     dk, dv, k_tile, v_tile, q, grad_out, lse2, delta, first, last, block, others, mask_ids, masks, edges,
-    keys_allowed, bias_keys, tile_bias, stream, key, key_in_tile, keys_ok, sq_n, sg_n, sb_q, q_len, scale,
-    keep_scale, threshold,
+    keys_allowed, bias_keys, tile_bias, next_bias, next_edge, item_end, stream, key, key_in_tile, keys_ok,
+    sq_n, sg_n, sb_q, q_len, scale, keep_scale, threshold,
     MASKED: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # fmt: on
-    """Add entries first … last of a column to (dk, dv); tiles are ``[keys, queries]``."""
+    """Add entries first … last of a column to (dk, dv); tiles are ``[keys, queries]``.
+
+    The tile bias of the next step is passed on as in forward.
+    """
     steps: tl.constexpr = BLOCK_Q // M
     queries = tl.arange(0, M)
     keys = tl.arange(0, N)
@@ -45,6 +50,10 @@ def collect_columns(
             query_in_tile = (step & (steps - 1)) * M  # the same, in fewer registers here and in more there
         query0 = block * BLOCK_Q + query_in_tile
         block = tl.load(others + tl.minimum((step + 1) // steps, last - 1))
+        if tile_bias is not None:
+            shift = next_bias * LOG2E
+            next_bias = tl.load(tile_bias + next_edge)
+            next_edge = tl.load(edges + tl.minimum((step + 2) // steps, item_end - 1))
         queries_ok = queries >= 0
         if MASKED:
             queries_ok = query0 + queries < q_len
@@ -63,7 +72,7 @@ def collect_columns(
                 bias_tile = tl.load(bias_at)
             s += bias_tile.to(tl.float32) * LOG2E
         if tile_bias is not None:
-            s += tl.load(tile_bias + tl.load(edges + entry)) * LOG2E
+            row_lse -= shift
         p = tl.exp2(s - row_lse[None, :])
         if MASKED:
             mask_id = tl.load(mask_ids + entry)
@@ -88,7 +97,7 @@ def collect_columns(
         dv = product(kept.to(grad_tile.dtype), grad_tile, dv, PRECISION)
         ds = p * (dp - row_delta[None, :])
         dk = product(ds.to(q_tile.dtype), q_tile, dk, PRECISION)
-    return dk, dv
+    return dk, dv, next_bias, next_edge
 
 
 # fmt: off
@@ -139,24 +148,27 @@ def columns_body(
         if bias is not None:
             bias_keys = bias + batch * sb_b + head * sb_h + (key0 + keys) * sb_k
         tile_at = tile_bias
+        next_bias, next_edge = 0.0, 0
         if tile_bias is not None:
             tile_at = tile_bias + batch * st_b + head * st_h
+            next_bias, next_edge = first_bias(tile_at, edges, start, end, BLOCK_Q // M)
         stream = 0
         if seed is not None:
             stream = dropout_stream(seed, batch * heads + head)
         # fmt: off
-        dk, dv = collect_columns(
+        dk, dv, next_bias, next_edge = collect_columns(
             dk, dv, k_tile, v_tile, q_at, grad_at, lse2 + row_at, delta + row_at, start, full_end, entry,
-            others, mask_ids, masks, edges, keys_allowed, bias_keys, tile_at, stream, key0 + keys,
-            key_in_tile, keys_ok, sq_n, sg_n, sb_q, q_len, scale2, keep_scale, threshold, False,
-            padding is not None, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, M, N, PRECISION,
+            others, mask_ids, masks, edges, keys_allowed, bias_keys, tile_at, next_bias, next_edge, end,
+            stream, key0 + keys, key_in_tile, keys_ok, sq_n, sg_n, sb_q, q_len, scale2, keep_scale, threshold,
+            False, padding is not None, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, M, N, PRECISION,
         )
         if PARTIAL:
-            dk, dv = collect_columns(
+            dk, dv, next_bias, next_edge = collect_columns(
                 dk, dv, k_tile, v_tile, q_at, grad_at, lse2 + row_at, delta + row_at, full_end, end,
-                partial_entry, others, mask_ids, masks, edges, keys_allowed, bias_keys, tile_at, stream,
-                key0 + keys, key_in_tile, keys_ok, sq_n, sg_n, sb_q, q_len, scale2, keep_scale, threshold,
-                True, padding is not None, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, M, N, PRECISION,
+                partial_entry, others, mask_ids, masks, edges, keys_allowed, bias_keys, tile_at, next_bias,
+                next_edge, end, stream, key0 + keys, key_in_tile, keys_ok, sq_n, sg_n, sb_q, q_len, scale2,
+                keep_scale, threshold, True, padding is not None, seed is not None, D, BLOCK_D, BLOCK_Q,
+                BLOCK_K, M, N, PRECISION,
             )
         # fmt: on
     dk = dk * scale
@@ -180,22 +192,35 @@ def columns_body(
 @triton.jit
 def collect_rows(
     dq, q_tile, grad_tile, row_lse, row_delta, k, v, first, last, block, others, mask_ids, masks, edges,
-    padding, bias_rows, bias_grad_rows, tile_bias, tile_grad, tile_grad_step, hashes, query, queries_ok,
-    sk_n, sv_n, sb_k, k_len, scale, keep_scale, threshold,
+    padding, bias_rows, bias_grad_rows, tile_bias, next_bias, next_edge, item_end, tile_grad, hashes, query,
+    queries_ok, sk_n, sv_n, sb_k, k_len, scale, keep_scale, threshold,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):
     # fmt: on
-    """Add entries first … last of a row to dq; store the bias gradients of these tiles, which it owns."""
+    """Add entries first … last of a row to dq; store the bias gradients of these tiles, which it owns.
+
+    The tile bias of the next step is passed on as in forward. ``tile_grad`` points to the part of each
+    ``GRAD_ROWS`` queries.
+    """
     steps: tl.constexpr = BLOCK_K // N
     check: tl.constexpr = MASKED or padding is not None
     keys = tl.arange(0, N)
     dims = tl.arange(0, BLOCK_D)
+    if tile_grad is not None:
+        tile_sum = tl.zeros((dq.shape[0] // GRAD_ROWS,), tl.float32)
     for step in range(first * steps, last * steps):
         entry = step // steps
         key_in_tile = (step & (steps - 1)) * N  # step % steps, in fewer registers
         key0 = block * BLOCK_K + key_in_tile
         block = tl.load(others + tl.minimum((step + 1) // steps, last - 1))
+        if tile_bias is not None:
+            shift = next_bias * LOG2E
+            if edges is None:
+                next_bias = tl.load(tile_bias + tl.minimum((step + 1) // steps, item_end - 1))
+            else:
+                next_bias = tl.load(tile_bias + next_edge)
+                next_edge = tl.load(edges + tl.minimum((step + 2) // steps, item_end - 1))
         key_ok = keys >= 0
         if MASKED:
             key_ok = key0 + keys < k_len
@@ -203,9 +228,6 @@ def collect_rows(
             key_ok = key_ok & (tl.load(padding + key0 + keys, mask=key_ok, other=1) == 0)
         k_tile = load_tile(k + key0.to(tl.int64) * sk_n, keys, sk_n, dims, key_ok, D, BLOCK_D, check)
         v_tile = load_tile(v + key0.to(tl.int64) * sv_n, keys, sv_n, dims, key_ok, D, BLOCK_D, check)
-        edge = entry
-        if edges is not None:
-            edge = tl.load(edges + entry)
         s = product(q_tile, tl.trans(k_tile), None, PRECISION) * scale
         if bias_rows is not None:
             bias_at = bias_rows[:, None] + (key0 + keys).to(tl.int64)[None, :] * sb_k
@@ -214,9 +236,10 @@ def collect_rows(
             else:
                 bias_tile = tl.load(bias_at)
             s += bias_tile.to(tl.float32) * LOG2E
+        zero = row_lse
         if tile_bias is not None:
-            s += tl.load(tile_bias + edge) * LOG2E
-        p = tl.exp2(s - row_lse[:, None])
+            zero = row_lse - shift
+        p = tl.exp2(s - zero[:, None])
         if MASKED:
             mask_id = tl.load(mask_ids + entry)
             p = tl.where(
@@ -230,7 +253,16 @@ def collect_rows(
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - row_delta[:, None])
         if tile_grad is not None:
-            tl.store(tile_grad + (step % steps) * tile_grad_step + edge, tl.sum(tl.sum(ds, 1), 0))
+            # Sixteen rows are one warp's in the products' layout: no warp waits for another here.
+            part = tl.sum(tl.reshape(ds, (ds.shape[0] // GRAD_ROWS, GRAD_ROWS * N)), 1)
+            tile_sum = tl.where(key_in_tile == 0, part, tile_sum + part)
+            edge = entry
+            if edges is not None:
+                edge = tl.load(edges + entry)
+            # The first of 32 columns; the others, which stay as they are, make a row each warp's own.
+            column = tl.arange(0, 32)[None, :]
+            keep = (column == 0) & (key_in_tile == BLOCK_K - N)
+            tl.store(tile_grad[:, None] + edge + column, tile_sum[:, None], mask=keep)
         if bias_grad_rows is not None:
             bias_grad_at = bias_grad_rows[:, None] + (key0 + keys)[None, :]
             if check:
@@ -238,7 +270,7 @@ def collect_rows(
             else:
                 tl.store(bias_grad_at, ds)
         dq = product(ds.to(k_tile.dtype), k_tile, dq, PRECISION)
-    return dq
+    return dq, next_bias, next_edge
 
 
 # fmt: off
@@ -278,28 +310,30 @@ def rows_body(
         bias = bias + batch * sb_b + head * sb_h + (query0 + queries) * sb_q
     if bias_grad is not None:
         bias_grad = bias_grad + (row_at + queries) * k_len
+    next_bias, next_edge = 0.0, 0
     if tile_bias is not None:
         tile_bias += batch * st_b + head * st_h
+        next_bias, next_edge = first_bias(tile_bias, edges, start, end, BLOCK_K // N)
     if tile_grad is not None:
-        part: tl.constexpr = BLOCK_K // N
-        tile_grad += sub.to(tl.int64) * part * tile_grad_step + batch * stg_b + head * stg_h
+        parts = first_query // GRAD_ROWS + tl.arange(0, M // GRAD_ROWS)
+        tile_grad += batch * stg_b + head * stg_h + parts.to(tl.int64) * tile_grad_step
     hashes = 0
     if seed is not None:
         hashes = dropout_row(dropout_stream(seed, batch * heads + head), query0 + queries)
 
     dq = tl.zeros((M, BLOCK_D), tl.float32)
     # fmt: off
-    dq = collect_rows(
+    dq, next_bias, next_edge = collect_rows(
         dq, q_tile, grad_tile, row_lse, row_delta, k, v, start, full_end, entry, others, mask_ids, masks,
-        edges, padding, bias, bias_grad, tile_bias, tile_grad, tile_grad_step, hashes, first_query + queries,
-        queries_ok, sk_n, sv_n, sb_k, k_len, scale2, keep_scale, threshold, False, seed is not None, D,
-        BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
+        edges, padding, bias, bias_grad, tile_bias, next_bias, next_edge, end, tile_grad, hashes,
+        first_query + queries, queries_ok, sk_n, sv_n, sb_k, k_len, scale2, keep_scale, threshold, False,
+        seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
     )
     if PARTIAL:
         entry = first_block(others, start, full_end, end, entry)
-        dq = collect_rows(
+        dq, next_bias, next_edge = collect_rows(
             dq, q_tile, grad_tile, row_lse, row_delta, k, v, full_end, end, entry, others, mask_ids, masks,
-            edges, padding, bias, bias_grad, tile_bias, tile_grad, tile_grad_step, hashes,
+            edges, padding, bias, bias_grad, tile_bias, next_bias, next_edge, end, tile_grad, hashes,
             first_query + queries, queries_ok, sk_n, sv_n, sb_k, k_len, scale2, keep_scale, threshold, True,
             seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
         )

@@ -24,6 +24,7 @@ from sparsetile.kernels.triton_config import (
     forward_tiles,
     padded_dim,
 )
+from sparsetile.kernels.triton_tiles import GRAD_ROWS
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.schedule import Direction, Schedule, chunk_for, schedule
 
@@ -168,9 +169,7 @@ def _walked(plan: Schedule, request: Request, side: str = "") -> dict[str, Any]:
 
 def _work(request: Request) -> Work:
     layout = request.layout
-    if request.dropout_p > 0 or any(
-        x is not None for x in (request.key_padding_mask, request.attn_bias, request.tile_bias)
-    ):
+    if request.dropout_p > 0 or not (request.key_padding_mask is request.attn_bias is None):
         return "featured"
     return "partial" if layout.masks.shape[0] else "whole"
 
@@ -276,10 +275,9 @@ def _backward_tiles(q: Tensor, request: Request, target: Target) -> Pair:
     return backward_tiles(target, *sizes, _work(request), short=short)
 
 
-def tile_grad_parts(q: Tensor, request: Request, target: Target) -> int:
-    """Parts in which backward computes a tile's gradient: compute tiles of its rows in a layout tile."""
-    queries, keys = _backward_tiles(q, request, target).rows
-    return (request.layout.block_q // queries) * (request.layout.block_k // keys)
+def tile_grad_parts(layout: BlockLayout) -> int:
+    """Parts in which backward computes the gradient of a tile's bias: one for each few of its queries."""
+    return layout.block_q // int(GRAD_ROWS)
 
 
 def delta_launch(

@@ -18,6 +18,8 @@ _WIDEN = tl.constexpr(INTERPRETED)
 KEY_STEP = tl.constexpr(0x9E3779B1)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+GRAD_ROWS = tl.constexpr(16)
+"""Queries whose share of a tile bias's gradient is stored apart; no tile of queries has fewer."""
 
 
 @triton.jit
@@ -52,6 +54,22 @@ def item_of(items, item, item_count):
 def first_block(others, start, full_end, end, first):
     """The block of entry ``full_end``; ``first`` is that of ``start``."""
     return tl.load(others + full_end, mask=(start < full_end) & (full_end < end), other=first)
+
+
+@triton.jit
+def first_bias(tile_bias, edges, start, end, STEPS: tl.constexpr):
+    """(tile bias of the first step of an item, edge of its second); a tile takes ``STEPS`` steps.
+
+    A bias is loaded one step and its place (``edges``) two steps before it is needed: a step that waits for
+    both takes longer than its tile's products. Partial tiles go on where the whole ones end.
+    """
+    some = start < end
+    edge = start
+    next_edge = start
+    if edges is not None:
+        edge = tl.load(edges + start, mask=some, other=0)
+        next_edge = tl.load(edges + tl.minimum(start + 1 // STEPS, end - 1), mask=some, other=0)
+    return tl.load(tile_bias + edge, mask=some, other=0.0), next_edge
 
 
 @triton.jit
