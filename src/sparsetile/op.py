@@ -26,7 +26,8 @@ from torch.autograd import forward_ad
 from sparsetile.errors import BackendError, explain
 from sparsetile.kernels.request import Gradients, Request
 from sparsetile.kernels.select import choose
-from sparsetile.layout.blocks import BlockLayout, LayoutTensors, memo_of
+from sparsetile.layout.blocks import BlockLayout, memo_of
+from sparsetile.layout.build import Transpose
 from sparsetile.layout.cache import cached_layout
 from sparsetile.patterns import parse_pattern
 
@@ -88,7 +89,7 @@ def attention(
 def _call(layout: BlockLayout, features: tuple[Any, ...], backend: str) -> tuple[Any, ...]:
     """What the operators' schema calls ``_CALL``, for a layout; features from tile_bias to dropout_p."""
     geometry = [layout.q_len, layout.k_len, layout.block_q, layout.block_k, layout.batch, layout.heads]
-    return (list(layout.tensors()), "", geometry, *features, backend)
+    return (layout.operands(), "", geometry, *features, backend)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -198,14 +199,20 @@ def _layout(q: Tensor, tensors: Sequence[Tensor], pattern: str, geometry: Sequen
         spelled = parsed(pattern)
         by_head = heads if spelled.needs_heads else None
         return cached_layout(spelled, q_len, k_len, (block_q, block_k), q.device, by_head)
+    # A layout of learned indices has no transpose before a backward pass asks for it.
+    indptr, indices, mask_ids, masks, *turned = tensors
     return BlockLayout(
-        **LayoutTensors(*tensors)._asdict(),
+        indptr,
+        indices,
+        mask_ids,
+        masks,
         q_len=q_len,
         k_len=k_len,
         block_q=block_q,
         block_k=block_k,
         batch=batch,
         heads=heads,
+        given=Transpose(*turned) if turned else None,
         _memo=memo_of(tensors[0]),
     )
 

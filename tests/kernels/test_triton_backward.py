@@ -91,7 +91,9 @@ def test_split_rows_and_columns(features: set[str]) -> None:
 def test_layouts_counted_in_int64() -> None:
     """As past 2³¹ tiles, where row starts, schedules and the loops over them are int64."""
     case = random_case(block=32, q_len=70, head_dim=16, batch=1, heads=2, features={"tile_bias"})
-    wide = {name: getattr(case.layout, name).long() for name in ("indptr", "t_indptr", "t_edges")}
+    turned = case.layout.transpose
+    turned = turned._replace(indptr=turned.indptr.long(), edges=turned.edges.long())
+    wide = {"indptr": case.layout.indptr.long(), "given": turned}
     with override(backward=Pair((32, 32), (16, 16), 4, 1), chunk=1):
         check(triton_backend, replace(case, layout=replace(case.layout, **wide, _memo={})))
 

@@ -15,18 +15,24 @@ def sound():
     return BlockLayout.from_pattern((Local(60) | Global(5)) & Causal(), 250, 250, 32)
 
 
-def changed(name, where, value):
+def other(name, tensor):
+    """A sound layout with one tensor changed; names with ``t_`` mean its transpose."""
     layout = sound()
-    tensor = getattr(layout, name).clone()
-    tensor[where] = value
+    if name.startswith("t_"):
+        return replace(layout, _memo={}, given=layout.transpose._replace(**{name[2:]: tensor}))
     return replace(layout, _memo={}, **{name: tensor})
 
 
+def changed(name, where, value):
+    tensor = getattr(sound(), name).clone()
+    tensor[where] = value
+    return other(name, tensor)
+
+
 def swapped(name, a, b):
-    layout = sound()
-    tensor = getattr(layout, name).clone()
+    tensor = getattr(sound(), name).clone()
     tensor[[a, b]] = tensor[[b, a]]
-    return replace(layout, **{name: tensor})
+    return other(name, tensor)
 
 
 def tail_id():
@@ -64,7 +70,7 @@ def tail_id():
         (lambda: changed("masks", (tail_id(), 0), 1 << 30), "past k_len"),
         (lambda: changed("t_indptr", 0, 1), "t_indptr starts at 1"),
         (lambda: changed("t_indptr", -1, 3), "t_indptr descends"),
-        (lambda: replace(sound(), t_indptr=sound().t_indptr.clamp(max=20)), "t_indptr ends at 20"),
+        (lambda: other("t_indptr", sound().t_indptr.clamp(max=20)), "t_indptr ends at 20"),
         (lambda: changed("t_edges", 0, 5), "not a permutation"),
         (lambda: swapped("t_edges", 0, -1), "other columns"),
         (lambda: changed("t_indices", 2, 7), "t_indices differ"),
@@ -81,7 +87,7 @@ def test_transpose_must_ascend():
     edges, blocks = layout.t_edges.clone(), layout.t_indices.clone()
     edges[[0, 1]], blocks[[0, 1]] = edges[[1, 0]], blocks[[1, 0]]
     with pytest.raises(LayoutError, match="within a column"):
-        replace(layout, t_edges=edges, t_indices=blocks).validate()
+        replace(layout, given=layout.transpose._replace(edges=edges, indices=blocks)).validate()
 
 
 def test_narrow_tiles_use_the_low_half_of_their_word():

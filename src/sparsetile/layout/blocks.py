@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from sparsetile.errors import LayoutError, PatternError, explain
-from sparsetile.layout import build, convert
+from sparsetile.layout import build, convert, order
+from sparsetile.layout.build import Transpose
 from sparsetile.layout.check import BLOCK_SIZES, first_broken, sizes
-from sparsetile.layout.topk import check_indices, topk_tensors
+from sparsetile.layout.topk import SHORT_ROWS, Chosen, Sizes, check_indices, distinct, in_order, topk_tensors
 from sparsetile.patterns.base import Pattern
 from sparsetile.patterns.tiles import Grid, mask_words, unpack
 
@@ -34,8 +35,12 @@ def memo_of(indptr: Tensor) -> dict[str, object]:
     return memo
 
 
+_TRANSPOSE = "transpose"
+
+
 class LayoutTensors(NamedTuple):
-    """The tensors of a layout in the order in which operators pass them."""
+    """The tensors of a layout in the order in which operators pass them, the last three only if they were
+    given to its constructor."""
 
     indptr: Tensor
     indices: Tensor
@@ -60,25 +65,22 @@ class BlockLayout:
             (least significant first) of word ``w`` of row ``i`` says that query ``i`` of the tile may attend
             key ``32·w + j`` of the tile. Rows and columns past the ends of the sequence are 0, so a tile that
             hangs over ``q_len`` or ``k_len`` is always partial.
-        t_indptr: ``[batch·heads·k_blocks + 1]``, t_indices: ``[capacity]`` (query block, ascending within a
-            column), t_edges: ``[capacity]`` (position of that tile in ``indices``): the transpose.
-        batch, heads: 1 (shared by all) or the tensor's own count of batch elements and query heads.
         q_len, k_len: tokens; any lengths. Query ``i`` stands at position ``i + k_len − q_len``.
+        batch, heads: 1 (shared by all) or the tensor's own count of batch elements and query heads.
+        given: the transpose, if it came with the tiles; see ``transpose``.
     """
 
     indptr: Tensor
     indices: Tensor
     mask_ids: Tensor
     masks: Tensor
-    t_indptr: Tensor
-    t_indices: Tensor
-    t_edges: Tensor
     q_len: int
     k_len: int
     block_q: int
     block_k: int
     batch: int = 1
     heads: int = 1
+    given: Transpose | None = None
     _memo: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -103,10 +105,43 @@ class BlockLayout:
         """Entries in ``indices``: the tile count, or a bound of it that needs no device sync."""
         return self.indices.numel()
 
+    @property
+    def transpose(self) -> Transpose:
+        """The tiles by columns: ``indptr`` ``[batch·heads·k_blocks + 1]``, ``indices`` ``[capacity]`` (query
+        block, ascending within a column), ``edges`` ``[capacity]`` (position of that tile in ``indices``).
+
+        A layout of learned indices makes it when it is first asked for: a forward pass never needs it.
+        """
+        if self.given is not None:
+            return self.given
+        known = self._memo.get(_TRANSPOSE)
+        if not isinstance(known, Transpose):
+            known = self._memo[_TRANSPOSE] = order.transpose(self.indptr, self.indices, self.shape)
+        return known
+
+    @property
+    def t_indptr(self) -> Tensor:
+        return self.transpose.indptr
+
+    @property
+    def t_indices(self) -> Tensor:
+        return self.transpose.indices
+
+    @property
+    def t_edges(self) -> Tensor:
+        return self.transpose.edges
+
+    @property
+    def shape(self) -> order.Shape:
+        return order.Shape(self.batch * self.heads, self.q_blocks, self.k_blocks)
+
     def tensors(self) -> LayoutTensors:
-        return LayoutTensors(
-            self.indptr, self.indices, self.mask_ids, self.masks, self.t_indptr, self.t_indices, self.t_edges
-        )
+        """All seven; makes the transpose where there is none yet."""
+        return LayoutTensors(self.indptr, self.indices, self.mask_ids, self.masks, *self.transpose)
+
+    def operands(self) -> list[Tensor]:
+        """What operators pass: the tensors that the constructor was given."""
+        return [self.indptr, self.indices, self.mask_ids, self.masks, *(self.given or ())]
 
     # -- constructors ---------------------------------------------------------------------------------
 
@@ -186,15 +221,13 @@ class BlockLayout:
             indices=rows.col.to(torch.int32),
             mask_ids=rows.mask_ids,
             masks=rows.masks,
-            t_indptr=turned.indptr,
-            t_indices=turned.indices,
-            t_edges=turned.edges,
             q_len=q_len,
             k_len=k_len,
             block_q=block_q,
             block_k=block_k,
             batch=batch,
             heads=heads,
+            given=turned,
             _memo={"nnz": rows.row.numel(), "host_known": True},
         )
 
@@ -299,11 +332,27 @@ class BlockLayout:
         Returns:
             a layout with ``capacity = indices.numel()``; the tile count stays on the device.
         """
-        q_len, k_len, block_q, block_k = sizes(q_len, k_len, block_size)
-        check_indices(indices, -(-q_len // block_q))
-        tensors = topk_tensors(indices, q_len, k_len, block_q, block_k, is_causal)
-        batch, heads = indices.shape[:2]
-        return cls(*LayoutTensors(*tensors), q_len, k_len, block_q, block_k, batch, heads)
+        size = Sizes(*sizes(q_len, k_len, block_size), is_causal)
+        check_indices(indices, size.q_blocks)
+        return cls.from_chosen(in_order(distinct(indices, size.k_blocks), size), 1, size)[0]
+
+    @classmethod
+    def from_chosen(cls, chosen: Chosen, share: int, size: Sizes) -> tuple[BlockLayout, Tensor]:
+        """The tiles of a selection in order, each group's for ``share`` heads; and the entry of each place,
+        int64 ``[B, G, share, q_blocks, k]`` (see ``TopkTensors.slot``)."""
+        made = topk_tensors(chosen, share, size)
+        batch, groups = chosen.column.shape[:2]
+        layout = cls(
+            made.indptr,
+            made.indices,
+            made.mask_ids,
+            made.masks,
+            *size[:4],
+            batch=batch,
+            heads=groups * share,
+            _memo={SHORT_ROWS: made.rows},
+        )
+        return layout, made.slot
 
     # -- views ----------------------------------------------------------------------------------------
 
@@ -343,13 +392,17 @@ class BlockLayout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
+        """Bytes of all tensors, those of a transpose not made yet left out."""
+        return sum(t.nbytes for t in self._existing())
+
+    def _existing(self) -> tuple[Tensor, ...]:
+        known = self._memo.get(_TRANSPOSE)
+        return (*self.operands(), *(known if isinstance(known, Transpose) else ()))
 
     @property
     def footprint(self) -> int:
         """Bytes of all tensors, those of the schedules that kernels derived from them included."""
-        tensors = list(self.tensors())
+        tensors = list(self._existing())
         for derived in tuple(self._memo.values()):
             if hasattr(derived, "tensors"):
                 tensors += derived.tensors()
@@ -364,7 +417,9 @@ class BlockLayout:
         known: dict[str, object] = {
             name: self._memo[name] for name in ("nnz", "host_known") if name in self._memo
         }
-        return replace(self, **{n: t.to(device) for n, t in self.tensors()._asdict().items()}, _memo=known)
+        there = {name: getattr(self, name).to(device) for name in LayoutTensors._fields[:4]}
+        given = None if self.given is None else Transpose(*(t.to(device) for t in self.given))
+        return replace(self, **there, given=given, _memo=known)
 
     def to_dense(self, head: int = 0, batch: int = 0) -> Tensor:
         """bool ``[q_len, k_len]``: the allowed pairs of one head of one batch element, written out."""

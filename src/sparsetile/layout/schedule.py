@@ -19,6 +19,8 @@ from torch import Tensor
 
 from sparsetile.errors import LayoutError, explain
 from sparsetile.layout.blocks import BlockLayout
+from sparsetile.layout.order import whole_tiles_first
+from sparsetile.layout.topk import SHORT_ROWS, ShortRows
 
 Direction = Literal["rows", "columns"]
 
@@ -122,63 +124,79 @@ def chunk_for(
 
 def _build(layout: BlockLayout, direction: Direction, chunk: int) -> Schedule:
     by_rows = direction == "rows"
-    indptr = layout.indptr if by_rows else layout.t_indptr
+    short = layout._memo.get(SHORT_ROWS) if by_rows else None
+    if isinstance(short, ShortRows) and short.bound <= chunk:
+        return _of_short_rows(layout, short)
     blocks = layout.q_blocks if by_rows else layout.k_blocks
     longest_possible = layout.k_blocks if by_rows else layout.q_blocks
-    device, dtype = indptr.device, indptr.dtype
-    rows, capacity = indptr.numel() - 1, layout.capacity
+    device, kind, capacity = layout.device, layout.indptr.dtype, layout.capacity
     partial = layout.masks.shape[0] > 0
-
-    begin = indptr[:-1].long()
-    length = indptr[1:].long() - begin
+    mask_ids = layout.mask_ids
     if partial:
-        others, mask_ids, edges, full = _whole_tiles_first(layout, by_rows, indptr.long())
+        starts, others, edges = whole_tiles_first(
+            layout.indptr, layout.indices, mask_ids, layout.shape, by_rows=by_rows
+        )
+        mask_ids = mask_ids.index_select(0, edges)
+        starts = starts.long()
+        begin, middle, stop = starts[:-1:2], starts[1::2], starts[2::2]
     else:
-        others = layout.indices if by_rows else layout.t_indices
-        edges = layout.t_edges.new_empty(0) if by_rows else layout.t_edges
-        mask_ids, full = layout.mask_ids, length
+        if by_rows:
+            starts, others, edges = layout.indptr, layout.indices, layout.indptr.new_empty(0)
+        else:
+            starts, others, edges = layout.transpose
+        starts = starts.long()
+        begin, middle, stop = starts[:-1], starts[1:], starts[1:]
 
-    may_split = chunk < longest_possible
-    parts = ((length + chunk - 1) // chunk).clamp(min=1)
-    first = parts.cumsum(0) - parts
-    split = parts > 1
-    slots_of = torch.where(split, parts, 0)
-    slot_first = slots_of.cumsum(0) - slots_of
+    rows, may_split = begin.numel(), chunk < longest_possible
     n_items = rows + (capacity // chunk if may_split else 0)
     n_splits = min(rows, capacity // chunk) if may_split else 0
     n_slots = 2 * (capacity // chunk) if may_split else 0
+    length = stop - begin
+    parts = (length + (chunk - 1)).div_(chunk, rounding_mode="floor").clamp_(min=1)
+    split = parts > 1
+    slots_of = parts * split
+    after, slot_first = parts.cumsum(0), slots_of.cumsum(0) - slots_of
 
     item = torch.arange(n_items, device=device)
-    row = torch.searchsorted(first, item, right=True) - 1
-    part = item - first[row]
-    real = part < parts[row]
-    start = begin[row] + part * length[row] // parts[row]
-    end = begin[row] + (part + 1) * length[row] // parts[row]
-    full_end = (begin[row] + full[row]).clamp(start, end)
-    slot = torch.where(split[row], slot_first[row] + part, -1)
+    row = torch.searchsorted(after, item, right=True).clamp_(max=rows - 1)
+    by_row = torch.stack((begin, middle, length, parts, after - parts, slot_first))
+    begin_of, middle_of, length_of, parts_of, first_of, slot_of = by_row.index_select(1, row)
+    part = item - first_of
+    real = part < parts_of
+    start = begin_of + torch.div(part * length_of, parts_of, rounding_mode="floor")
+    end = begin_of + torch.div((part + 1) * length_of, parts_of, rounding_mode="floor")
+    full_end = middle_of.clamp(start, end)
+    slot = torch.where(parts_of > 1, slot_of + part, -1)
     # Eight classes an octave: nearly equal items keep the order of their rows, and with it the L2's content.
-    length_class = ((end - start).clamp(min=1).double().log2() * 8).long() + (end > start)
-    rank = row // max(blocks, 1) * _LENGTH_CLASSES + (_LENGTH_CLASSES - 1 - length_class)
-    order = torch.argsort(torch.where(real, rank, torch.iinfo(torch.int64).max), stable=True)
-    known = torch.cat([others, others.new_zeros(1)])
-    first_block = torch.where(end > start, known[start.clamp(0, capacity)], 0)
-    items = torch.stack([torch.where(real, row, -1), start, full_end, end, slot, first_block])[:, order]
+    used = end > start
+    length_class = ((end - start).clamp_(min=1).double().log2() * 8).long() + used
+    rank = (row // blocks + 1) * _LENGTH_CLASSES - length_class
+    last = torch.iinfo(torch.int64).max
+    if layout.shape.groups < 2**31 // _LENGTH_CLASSES - 1:
+        rank, last = rank.int(), torch.iinfo(torch.int32).max
+    order = torch.argsort(torch.where(real, rank, last), stable=True)
+    first_block = torch.zeros_like(start)
+    if capacity:
+        first_block = torch.where(used, others.index_select(0, start.clamp(max=capacity - 1)), 0)
+    items = torch.stack((torch.where(real, row, -1), start, full_end, end, slot, first_block)).to(kind)
+    items = items.index_select(1, order)
 
-    splits = torch.zeros(3, n_splits + 1, dtype=torch.int64, device=device)
-    place = torch.where(split, split.cumsum(0) - 1, n_splits).clamp(max=n_splits)
-    splits[:, place] = torch.stack([torch.arange(rows, device=device), slot_first, slots_of])
-    splits = splits[:, :n_splits]
+    splits = torch.zeros((3, n_splits + 1), dtype=torch.int64, device=device)
+    if n_splits:
+        place = torch.where(split, split.cumsum(0) - 1, n_splits).clamp_(max=n_splits)
+        splits[:, place] = torch.stack((torch.arange(rows, device=device), slot_first, slots_of))
+    splits = splits[:, :n_splits].to(kind)
 
     long_items = 0
     if device.type == "cpu" or layout._memo.get(HOST_KNOWN):
-        counts = torch.stack([parts.sum(), split.sum(), slots_of.sum()]).tolist()
+        counts = torch.stack((parts.sum(), split.sum(), slots_of.sum())).tolist()
         n_items, n_splits, n_slots = (int(count) for count in counts)
         items, splits = items[:, :n_items], splits[:, :n_splits]
         if layout.batch == layout.heads == 1:
             long_items = n_slots
     return Schedule(
-        items=items.to(dtype).contiguous(),
-        splits=splits.to(dtype).contiguous(),
+        items=items.contiguous(),
+        splits=splits.contiguous(),
         others=others,
         mask_ids=mask_ids,
         edges=edges,
@@ -189,29 +207,21 @@ def _build(layout: BlockLayout, direction: Direction, chunk: int) -> Schedule:
     )
 
 
-def _whole_tiles_first(
-    layout: BlockLayout, by_rows: bool, indptr: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Whole tiles before partial ones in each row: (others, mask_ids, edges, whole tiles a row).
-
-    Positions come from a running count, not from a sort: O(tiles). Unused entries past the end stay there.
-    """
-    others = layout.indices if by_rows else layout.t_indices
-    mask_ids = layout.mask_ids
-    if not by_rows:
-        mask_ids = mask_ids[layout.t_edges.long().clamp(0, max(layout.capacity - 1, 0))]
-    entry = torch.arange(layout.capacity, device=indptr.device)
-    row = torch.searchsorted(indptr, entry, right=True) - 1
-    whole = torch.where(entry < indptr[-1], mask_ids < 0, True)
-    count = torch.zeros(layout.capacity + 1, dtype=torch.int64, device=indptr.device)
-    torch.cumsum(whole, 0, out=count[1:])
-    full = count[indptr[1:]] - count[indptr[:-1]]
-    begin = indptr[row]
-    whole_before = count[:-1] - count[begin]
-    full_of_row = torch.cat([full, full.new_zeros(1)])[row]
-    position = begin + torch.where(whole, whole_before, full_of_row + (entry - begin) - whole_before)
-    position = torch.where(entry < indptr[-1], position, entry)
-    order = torch.empty_like(entry)
-    order[position] = entry
-    edges = order.to(layout.t_edges.dtype) if by_rows else layout.t_edges[order]
-    return others[order], mask_ids[order], edges, full
+def _of_short_rows(layout: BlockLayout, short: ShortRows) -> Schedule:
+    """The rows of a layout of learned indices, none longer than an item: in their own order, as they lie."""
+    start, end = layout.indptr[:-1], layout.indptr[1:]
+    full_end = end if short.partial is None else end - short.partial.reshape(-1)
+    row = torch.arange(start.numel(), dtype=start.dtype, device=start.device)
+    first = short.first.reshape(-1).to(start.dtype)
+    items = torch.stack((row, start, full_end, end, torch.full_like(row, -1), first))
+    return Schedule(
+        items=items,
+        splits=items.new_empty((3, 0)),
+        others=layout.indices,
+        mask_ids=layout.mask_ids,
+        edges=items.new_empty(0),
+        slots=0,
+        long_items=0,
+        partial=layout.masks.shape[0] > 0,
+        direction="rows",
+    )
