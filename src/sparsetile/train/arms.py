@@ -1,7 +1,8 @@
-"""The arms of a comparison: the pattern asked for, dense attention, and the pattern's window alone."""
+"""The arms of a comparison: the pattern asked for, dense attention, the pattern's window, learned tiles."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,19 +12,22 @@ from torch import Tensor
 from sparsetile.errors import PatternError, explain
 from sparsetile.functional import sparse_attention
 from sparsetile.layout.blocks import BlockLayout
+from sparsetile.nn.adaptive import AdaptiveConfig
 from sparsetile.patterns import Causal, Local, Pattern, parse_pattern
-from sparsetile.train.model import Attention, ModelConfig
+from sparsetile.train.model import Attention, Model, ModelConfig
 
 DENSE = "dense"
+ARMS = ("pattern", "dense", "window", "adaptive")
 _SHARES = 4
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of attending: ``attention`` is a pattern's text, or "dense"."""
+    """One way of attending: ``attention`` is a pattern's text, "dense", or says what ``adaptive`` does."""
 
     name: str
     attention: str
+    adaptive: AdaptiveConfig | None = None
 
 
 def default_pattern(context: int, heads: int, block: int) -> str:
@@ -53,11 +57,40 @@ def compared(attention: str, context: int, heads: int, block: int) -> list[Arm]:
     return [Arm("pattern", text), Arm("dense", DENSE), Arm("window alone", f"Local({window})")]
 
 
+def named(
+    names: Sequence[str], attention: str, context: int, heads: int, block: int, adaptive: AdaptiveConfig
+) -> list[Arm]:
+    """The arms of these names (of :data:`ARMS`), in their order; ``attention`` as in :func:`compared`."""
+    text = default_pattern(context, heads, block) if attention == DENSE else attention
+    learned = f"adaptive(base_sparsity={adaptive.base_sparsity}, distillation={adaptive.distillation!r})"
+    arms = {"dense": Arm(DENSE, DENSE), "adaptive": Arm("adaptive", learned, adaptive)}
+    if "window" in names:
+        arms["pattern"], _, arms["window"] = compared(text, context, heads, block)
+    elif "pattern" in names:
+        parse_pattern(text)
+        arms["pattern"] = Arm("pattern", text)
+    return [arms[name] for name in names]
+
+
 def window_of(pattern: Pattern) -> int | None:
     """Tokens back that the widest Local within ``pattern`` reaches; None without one."""
     windows = [pattern.left] if isinstance(pattern, Local) else []
     windows += [found for child in pattern.children if (found := window_of(child)) is not None]
     return max(windows, default=None)
+
+
+def attention_of_learned(model: Model) -> list[Attention]:
+    """The attention of each layer of a model that learns its tiles."""
+
+    def of_layer(learned: torch.nn.Module) -> Attention:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            tokens_first = (x.transpose(1, 2) for x in (q, k, v))
+            out: Tensor = learned(*tokens_first, is_causal=True)
+            return out.transpose(1, 2)
+
+        return attend
+
+    return [of_layer(learned) for learned in model.learned]
 
 
 def attention_of(

@@ -6,25 +6,28 @@ import argparse
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from sparsetile.adaptive.config import DISTILLATIONS
 from sparsetile.cli import positive, token_count
 from sparsetile.environment import provenance
 from sparsetile.errors import ArgumentError, CheckpointError, explain
 from sparsetile.layout.blocks import BLOCK_SIZES
+from sparsetile.nn.adaptive import AdaptiveConfig
 from sparsetile.patterns import parse_pattern
 from sparsetile.train import report
-from sparsetile.train.arms import DENSE, Arm, compared, default_pattern, window_of
+from sparsetile.train.arms import ARMS, DENSE, Arm, compared, default_pattern, named, window_of
 from sparsetile.train.checkpoint import load_checkpoint
 from sparsetile.train.data import Corpus, Planting, Sequences, load_corpus
 from sparsetile.train.loop import CHECKS, Settings
 from sparsetile.train.model import ModelConfig
 from sparsetile.train.process import ArmFailed, measured, trained
 
+_SPARSITY = 0.75
 _SPAN = 64
 _PLANTED = 0.25
 # What one machine does in about three minutes, and the other in about seven.
@@ -62,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  sparsetile train --attention 'Local(256) | LogStrided()' --context 8K --steps 500\n"
         "  sparsetile train --attention dense --data ~/books --checkpoint run.pt\n"
         "  sparsetile train --attention dense --data ~/books --checkpoint run.pt --resume\n"
+        "  sparsetile train --arms adaptive --minutes 1 --checkpoint learned.pt\n"
+        "  sparsetile train --arms adaptive,pattern,dense --sparsity 0.9 --context 8K\n"
         "\n"
         "Sizes that are not given follow the device: context 4096 on a CPU, 131072 on a GPU."
     )
@@ -71,7 +76,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="a pattern (made causal), or 'dense'; default: fits the context",
     )
-    add("--compare", action="store_true", help="train three arms alike: the pattern, dense, its window alone")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--compare", action="store_true", help="train three arms alike: the pattern, dense, its window alone"
+    )
+    which.add_argument(
+        "--arms",
+        type=_arm_names,
+        metavar="LIST",
+        help="train these alike, with commas between: pattern, dense, window, adaptive (tiles are learned)",
+    )
+    add("--sparsity", type=float, metavar="F", help="adaptive: share of tiles left out (default 0.75)")
+    add(
+        "--distillation",
+        choices=DISTILLATIONS,
+        help="adaptive: what else teaches which tiles matter: the true mass of the kept ones (the default), "
+        "or of all in a sampled row",
+    )
     add("--data", metavar="PATH", help="file or folder to train on (default: Python's own standard library)")
     add("--context", type=token_count, metavar="N", help="bytes that the model sees at once: 4096, 32K")
     length = parser.add_mutually_exclusive_group()
@@ -104,6 +125,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--out", metavar="DIR", default="runs/train", help="for train.json and train.png (default runs/train)"
     )
+
+
+def _arm_names(text: str) -> list[str]:
+    names = text.split(",")
+    if len(set(names)) < len(names) or not set(names) <= set(ARMS):
+        raise argparse.ArgumentTypeError(
+            f"expected some of {', '.join(ARMS)}, once each with commas between, got {text!r}"
+        )
+    return names
 
 
 def _above_zero(text: str) -> float:
@@ -176,8 +206,22 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, list[Arm], Corpus]:
             explain("--resume", expected="--checkpoint FILE", got="none", fix="Name the file to go on from.")
         )
     attention = args.attention or default_pattern(context, model.heads, block)
+    learns = args.arms is not None and "adaptive" in args.arms
+    if not learns and (args.sparsity is not None or args.distillation is not None):
+        _refuse("--sparsity, --distillation", "the adaptive arm", "none", "Add --arms adaptive.")
     if args.compare:
         arms = compared(attention, context, model.heads, block)
+    elif args.arms is not None:
+        if args.attention is not None and not {"pattern", "window"} & set(args.arms):
+            _refuse("--attention", "an arm with a pattern", ",".join(args.arms), "Add pattern to --arms.")
+        sparsity = _SPARSITY if args.sparsity is None else args.sparsity
+        config = AdaptiveConfig(
+            sparsity,
+            learnable_temperature=True,
+            block_size=block,
+            distillation=args.distillation or "kept",
+        )
+        arms = named(args.arms, attention, context, model.heads, block, config)
     else:
         if attention != DENSE:
             parse_pattern(attention)
@@ -204,6 +248,10 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, list[Arm], Corpus]:
     )
 
 
+def _refuse(what: str, expected: str, got: str, fix: str) -> NoReturn:
+    raise ArgumentError(explain(what, expected=expected, got=got, fix=fix))
+
+
 def _device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ArgumentError(
@@ -220,8 +268,8 @@ def _device(name: str) -> str:
 def _planting(
     args: argparse.Namespace, arms: list[Arm], model: ModelConfig, context: int, block: int, corpus: Corpus
 ) -> Planting | None:
-    text = arms[0].attention
-    window = window_of(parse_pattern(text)) if text != DENSE else None
+    texts = [arm.attention for arm in arms if arm.attention != DENSE and arm.adaptive is None]
+    window = window_of(parse_pattern(texts[0])) if texts else None
     if window is None:
         window = window_of(parse_pattern(default_pattern(context, model.heads, block))) or 0
     # A layer passes information on by a window and the three bytes of the token shift.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsetile.train.arms import Arm, attention_of
+from sparsetile.nn.adaptive import BlockSparseAdaptive
+from sparsetile.train.arms import Arm, attention_of, attention_of_learned
 from sparsetile.train.checkpoint import load_checkpoint, require_same, save_checkpoint
 from sparsetile.train.data import COPY, COPY_START, SOURCE, START_BYTES, TEXT, Corpus, Planting, Sequences
 from sparsetile.train.memory import PeakMemory
@@ -23,6 +24,7 @@ Emit = Callable[[dict[str, Any]], None]
 _WARM_UP = 10
 CHECKS = 8
 _SAVE_SECONDS = 30.0
+_DISTILLATION = 0.1
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Settings:
         )
         for name in ("steps", "seconds", "checkpoint", "resume", "device"):
             del shared[name]
-        return {**shared, "dtype": self.dtype, "attention": arm.attention, "data": corpus.digest}
+        own = {} if arm.adaptive is None else {"adaptive": asdict(arm.adaptive)}
+        return {**shared, "dtype": self.dtype, "attention": arm.attention, **own, "data": corpus.digest}
 
 
 class Trainer:
@@ -66,16 +69,20 @@ class Trainer:
         self.memory = PeakMemory(self.device)
         torch.manual_seed(settings.seed)
         # Made on the CPU and moved: the same start on every device.
-        self.model = Model(settings.model).to(self.device)
-        attention, self.density = attention_of(
-            arm, settings.model, settings.context, settings.block, self.device
-        )
-        self.attention: Attention = attention
-        # Decay would pull the sharpness of every head back to where it began.
-        matrices = [p for name, p in self.model.named_parameters() if "sharpness" not in name]
-        sharpness = [p for name, p in self.model.named_parameters() if "sharpness" in name]
+        self.model = Model(settings.model, arm.adaptive).to(self.device)
+        self.learned = [x for x in self.model.learned if isinstance(x, BlockSparseAdaptive)]
+        self.attention: Attention | Sequence[Attention] = attention_of_learned(self.model)
+        self._density: float | None = None
+        if arm.adaptive is None:
+            self.attention, self._density = attention_of(
+                arm, settings.model, settings.context, settings.block, self.device
+            )
+        # Decay would pull the sharpness of every head, and what chooses tiles, back to where they began.
+        parameters = list(self.model.named_parameters())
+        free = [p for name, p in parameters if "sharpness" in name or name.startswith("learned.")]
+        matrices = [p for _, p in parameters if not any(p is x for x in free)]
         self.optimiser = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": 0.1}, {"params": sharpness, "weight_decay": 0.0}],
+            [{"params": matrices, "weight_decay": 0.1}, {"params": free, "weight_decay": 0.0}],
             lr=settings.lr,
             betas=(0.9, 0.95),
             fused=self.device.type == "cuda",
@@ -84,6 +91,12 @@ class Trainer:
         self.seconds = 0.0
         self.losses: list[list[float]] = []
         self.checks: list[dict[str, Any]] = []
+
+    def density(self) -> float:
+        """Share of the causal triangle's tiles that attention computes; learned: in the last call."""
+        if self._density is not None:
+            return self._density
+        return torch.stack([x.last_density for x in self.learned]).mean().item()
 
     # -- one step -------------------------------------------------------------------------------------
 
@@ -113,7 +126,12 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         logits = self.model(tokens[:, :-1], self.attention, self.dtype)
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
+        whole = loss
+        if self.arm.adaptive is not None and self.arm.adaptive.distillation != "none":
+            # It teaches what chooses tiles alone, so its weight moves nothing else.
+            of_layers = torch.stack([x.distillation_loss() for x in self.learned])
+            whole = loss + _DISTILLATION * of_layers.sum()
+        whole.backward()  # type: ignore[no-untyped-call]
         return loss.detach() / math.log(2)
 
     def _to_device(self, tokens: Tensor) -> Tensor:
@@ -126,8 +144,9 @@ class Trainer:
             torch.cuda.synchronize(self.device)
 
     def _try_step(self) -> None:
-        """A step's work without its update."""
-        self._gradients()
+        """A step's work without its update, and without a draw."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            self._gradients()
         self.optimiser.zero_grad(set_to_none=True)
         self._wait()
 
@@ -186,7 +205,7 @@ class Trainer:
         return {
             "name": self.arm.name,
             "attention": self.arm.attention,
-            "density": self.density,
+            "density": self.density(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "steps": self.step,
             "seconds": self.seconds,
@@ -217,6 +236,7 @@ class Trainer:
         count = torch.zeros(4, dtype=torch.float64)
         start_bits = torch.zeros(START_BYTES, dtype=torch.float64)
         starts = 0
+        self.model.eval()
         for index in range(sequences):
             batch = self.sequences.held_out(index)
             tokens = self._to_device(batch.tokens)
@@ -233,6 +253,7 @@ class Trainer:
             first = kinds == COPY_START
             start_bits += loss[first].view(-1, START_BYTES).sum(0) / math.log(2)
             starts += int(first.sum()) // START_BYTES
+        self.model.train()
         found: dict[str, Any] = {"text": _mean(bits, count, TEXT)}
         if count[COPY] > 0:
             found["source"] = _mean(bits, count, SOURCE)
@@ -253,6 +274,9 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "optimiser": self.optimiser.state_dict(),
                 "random": torch.get_rng_state(),
+                "device_random": torch.cuda.get_rng_state(self.device)
+                if self.device.type == "cuda"
+                else None,
                 "step": self.step,
                 "seconds": self.seconds,
                 "losses": self.losses,
@@ -267,6 +291,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         torch.set_rng_state(state["random"])
+        if self.device.type == "cuda" and state.get("device_random") is not None:
+            torch.cuda.set_rng_state(state["device_random"], self.device)
         self.step, self.seconds = state["step"], state["seconds"]
         self.losses, self.checks = state["losses"], state["checks"]
         if self.settings.steps is None and self.settings.seconds is None:

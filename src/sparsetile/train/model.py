@@ -20,7 +20,7 @@ model learn to copy from far back within about a hundred steps, where others wai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsetile.errors import ArgumentError, explain
+from sparsetile.nn.adaptive import AdaptiveConfig, BlockSparseAdaptive
 
 SYMBOLS = 256
 QUERY_TAPS = (0, 1, 2, 3)
@@ -160,9 +161,13 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Bytes in, logits of the next byte out."""
+    """Bytes in, logits of the next byte out.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Attributes:
+        learned: with an AdaptiveConfig, what chooses the tiles of each layer; else empty.
+    """
+
+    def __init__(self, config: ModelConfig, adaptive: AdaptiveConfig | None = None) -> None:
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(SYMBOLS, config.width)
@@ -170,15 +175,28 @@ class Model(nn.Module):
         self.head = Linear(config.width, SYMBOLS)
         with torch.no_grad():
             self.head.weight.copy_(self.embed.weight * config.width**-0.5)
+        # Drawn last: all else starts as in a model without.
+        self.learned = nn.ModuleList(
+            BlockSparseAdaptive(
+                adaptive, num_heads=config.heads, num_kv_heads=config.kv_heads, head_dim=config.head_dim
+            )
+            for _ in range(config.layers if adaptive else 0)
+        )
 
-    def forward(self, tokens: Tensor, attend: Attention, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``tokens`` int64 [B, N] → logits float32 [B, N, 256], computed in ``dtype``."""
+    def forward(
+        self, tokens: Tensor, attend: Attention | Sequence[Attention], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """``tokens`` int64 [B, N] → logits float32 [B, N, 256], computed in ``dtype``.
+
+        ``attend``: one for all layers, or one for each.
+        """
         config = self.config
+        each = [attend] * config.layers if callable(attend) else attend
         rotated = max(2, config.head_dim // 8 * 2)
         cos, sin = rope_tables(tokens.shape[1], rotated, config.rope_base, tokens.device)
         tables = (cos.to(dtype), sin.to(dtype))
         x = norm(self.embed(tokens).to(dtype))
-        for layer in self.layers:
-            x = layer(x, tables, attend)
+        for layer, of_layer in zip(self.layers, each, strict=True):
+            x = layer(x, tables, of_layer)
         logits: Tensor = self.head(norm(x)).float()
         return logits
