@@ -1,5 +1,7 @@
 """The operators behave as PyTorch's own: opcheck, torch.compile without graph breaks, checkpointing."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -107,6 +109,49 @@ def test_a_dispatch_mode_meets_the_operators_and_nothing_changes():
     assert torch.equal(out, wanted)
     for got, want in zip(grads, torch.autograd.grad(wanted.sin().sum(), (q, k, v, bias)), strict=True):
         assert torch.equal(got, want)
+
+
+def learned(q, chosen):
+    return st.BlockLayout.from_topk(chosen, q.shape[2], block_size=16, is_causal=True)
+
+
+@pytest.mark.parametrize("way", ["plain", "dispatcher"])
+def test_a_learned_layout_is_transposed_by_backward_alone(way):
+    """Once: forward's and backward's layouts are the same, though operators take tensors alone."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v = (torch.randn(1, 2, 30, 16, device=device).requires_grad_() for _ in range(3))
+    chosen = torch.randint(-1, 2, (1, 2, 2, 2), device=device)
+    bias = torch.randn(8, device=device, requires_grad=True)
+    layout, other = learned(q, chosen), learned(q, chosen)
+    with Recorder() if way == "dispatcher" else nullcontext():
+        out = st.sparse_attention(q, k, v, layout, tile_bias=bias, backend="triton")
+        made = [name for name in layout._memo if name == "transpose" or name.startswith("schedule col")]
+        grads = torch.autograd.grad(out.sin().sum(), (q, k, v, bias))
+    assert not made and any(name.startswith("schedule columns") for name in layout._memo)
+    wanted = st.sparse_attention(q, k, v, other, tile_bias=bias, backend="reference")
+    torch.testing.assert_close(out, wanted)
+    for got, want in zip(grads, torch.autograd.grad(wanted.sin().sum(), (q, k, v, bias)), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_learned_layouts_compile(where):
+    q, k, v = inputs()
+    chosen = torch.randint(-1, 4, (2, 4, 4, 2))
+    bias = torch.randn(64, requires_grad=True)
+
+    def run(q, k, v, bias, layout):
+        layout = learned(q, chosen) if layout is None else layout
+        return st.sparse_attention(q * 2, k, v, layout, tile_bias=bias).sin().sum()
+
+    layout = learned(q, chosen) if where == "outside" else None
+    expected = torch.autograd.grad(run(q, k, v, bias, layout), (q, k, v, bias))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for got, want in zip(
+        torch.autograd.grad(compiled(q, k, v, bias, layout), (q, k, v, bias)), expected, strict=True
+    ):
+        torch.testing.assert_close(got, want)
+    assert layout is None or "transpose" not in layout._memo
 
 
 def test_fake_tensors_pass():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +13,7 @@ from hypothesis import given
 from pattern_draws import HEADS, case, runs
 from sparsetile.errors import LayoutError, PatternError
 from sparsetile.layout import BlockLayout
+from sparsetile.layout.blocks import memo_of
 from sparsetile.patterns import Causal, Documents, Full, Local, Random, Strided
 
 
@@ -52,6 +57,50 @@ def test_moves_between_devices():
     there = layout.to("meta")
     assert there.device.type == "meta" and there.nnz == layout.nnz
     assert BlockLayout.from_pattern(Local(64), 500, device="meta").device.type == "meta"
+
+
+def learned():
+    chosen = torch.randint(-1, 9, (2, 3, 7, 4))
+    return BlockLayout.from_topk(chosen, 200, 270, 32, is_causal=True)
+
+
+def test_a_learned_layout_is_transposed_when_asked():
+    layout = learned()
+    before = layout.nbytes
+    assert before == sum(t.nbytes for t in layout.operands()) and len(layout.operands()) == 4
+    held = layout.footprint
+    turned = layout.transpose
+    assert layout.t_indptr is turned.indptr and layout.t_edges is turned.edges
+    assert layout.transpose is turned and layout.tensors()[4:] == tuple(turned)
+    added = sum(t.nbytes for t in turned)
+    assert layout.nbytes == before + added and layout.footprint == held + added
+    # Operators rebuild the layout from its tensors: what was derived travels with the first.
+    again = BlockLayout(*layout.operands(), 200, 270, 32, 32, 2, 3, _memo=memo_of(layout.indptr))
+    assert again.transpose is turned
+
+
+def test_a_transpose_that_was_given_stays():
+    layout = learned()
+    given = replace(layout, given=layout.transpose, _memo={})
+    assert given.transpose is layout.transpose and len(given.operands()) == 7
+    given.validate()
+    moved = given.to("meta")
+    assert moved.given is not None and moved.t_edges.device.type == "meta"
+    assert layout.to("meta").given is None and layout.to("meta").t_edges.shape == layout.t_edges.shape
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, replace, lambda layout: pickle.loads(pickle.dumps(layout))]
+)
+def test_copies_of_a_learned_layout(again, turned):
+    layout = learned()
+    if turned:
+        layout.validate()
+    other = again(layout)
+    other.validate()
+    for name, tensor in layout.tensors()._asdict().items():
+        assert torch.equal(getattr(other, name), tensor), name
 
 
 def test_heads_are_asked_for_only_where_they_differ():

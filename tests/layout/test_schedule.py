@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,20 @@ def random_layout(batch: int = 1, heads: int = 1) -> tuple[BlockLayout, int]:
     gen = random.Random(seed)
     q_len, k_len = gen.randint(1, 200), gen.randint(1, 200)
     return BlockLayout.from_dense_mask(random_mask(gen, batch, heads, q_len, k_len, BLOCK), BLOCK), seed
+
+
+def learned_layout() -> tuple[BlockLayout, int]:
+    """Of learned indices: ragged ends, oblong blocks, empty rows and unused entries among them."""
+    seed = random.SystemRandom().getrandbits(32)
+    gen = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    q_len, k_len = gen.randint(1, 300), gen.randint(1, 300)
+    blocks = gen.choice([16, 32]), gen.choice([16, 32])
+    if gen.random() < 0.3:  # whole tiles alone
+        q_len, k_len = -(-q_len // 32) * 32, -(-k_len // 32) * 32
+    shape = (gen.randint(1, 2), gen.randint(1, 3), -(-q_len // blocks[0]), gen.randint(1, 7))
+    chosen = torch.randint(-1, -(-k_len // blocks[1]), shape, generator=generator)
+    return BlockLayout.from_topk(chosen, q_len, k_len, blocks, gen.random() < 0.5), seed
 
 
 def without_counts(layout: BlockLayout, spare: int) -> BlockLayout:
@@ -86,6 +101,44 @@ def test_others_and_masks_follow_the_edges(direction: Direction) -> None:
         assert torch.equal(made.others.long(), row % layout.q_blocks), seed
 
 
+@pytest.mark.parametrize("direction", ["rows", "columns"])
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_learned_layouts(direction: Direction, chunk: int) -> None:
+    """Every tile once, as the general way has it, which knows nothing of where the layout came from."""
+    for _ in range(6):
+        layout, seed = learned_layout()
+        made, general = (schedule(x, direction, chunk) for x in (layout, replace(layout, _memo={})))
+        done = tiles_done(layout, made, direction)
+        assert sorted(edge for _, edge in done) == list(range(layout.nnz)), seed
+        assert sorted(done) == sorted(tiles_done(layout, general, direction)), seed
+        if direction == "columns":
+            assert torch.equal(made.items, general.items), seed
+            continue
+        without_slots = [0, 1, 2, 3, 5]
+        items = [sorted(x.items[without_slots].T.tolist()) for x in (made, general)]
+        assert items[0] == items[1], seed
+        for name in ("others", "mask_ids"):
+            assert torch.equal(*(getattr(x, name)[: layout.nnz] for x in (made, general))), (name, seed)
+
+
+def test_rows_that_fit_an_item_stay_as_they_lie() -> None:
+    layout, seed = learned_layout()
+    made = schedule(layout, "rows", 7)
+    assert made.others is layout.indices and made.mask_ids is layout.mask_ids, seed
+    assert made.edges.numel() == made.splits.shape[1] == made.slots == made.long_items == 0, seed
+    assert torch.equal(made.items[0], torch.arange(layout.indptr.numel() - 1, dtype=torch.int32)), seed
+    assert "transpose" not in layout._memo, seed
+
+
+@pytest.mark.parametrize("direction", ["rows", "columns"])
+def test_whole_tiles_come_first_in_ascending_order(direction: Direction) -> None:
+    layout, seed = learned_layout()
+    made = schedule(layout, direction, 3)
+    for row, start, full_end, end, _, _ in made.items.T.tolist():
+        for part in (made.others[start:full_end], made.others[full_end:end]):
+            assert row < 0 or (part.diff() > 0).all(), seed
+
+
 @pytest.mark.parametrize("on_device", [False, True])
 def test_slots_and_splits_agree(on_device: bool) -> None:
     layout, seed = random_layout(1, 3)
@@ -114,6 +167,7 @@ def test_only_layouts_with_host_counts_are_trimmed(monkeypatch: pytest.MonkeyPat
     fields = [torch.empty_like(tensor, device="meta") for tensor in unknown.operands()]
     shape = (layout.q_len, layout.k_len, layout.block_q, layout.block_k)
     bound = schedule(BlockLayout(*fields, *shape), "rows", 4)
+    assert schedule(BlockLayout(*fields, *shape), "columns", 4).items.shape == bound.items.shape
     assert bound.items.shape == (6, 10 + 100 // 4) and bound.slots >= 30
     assert not BlockLayout(*fields, *shape)._memo.get(HOST_KNOWN)
 

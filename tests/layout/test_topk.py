@@ -1,4 +1,4 @@
-"""Layouts of learned indices against whole tiles painted one by one."""
+"""Layouts of learned indices against whole tiles painted one by one, and against the general constructor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from pattern_draws import runs
 from sparsetile.errors import LayoutError
 from sparsetile.layout import BlockLayout
+from sparsetile.layout.check import sizes
+from sparsetile.layout.topk import SHORT_ROWS, Sizes, in_order
 
 SIZES = st.sampled_from([16, 32, 64, 128])
 
@@ -46,10 +48,84 @@ def test_tiles_are_the_indices(k_len, q_len, block_q, block_k, is_causal, shape,
     layout.validate()
     assert layout.capacity == indices.numel()
     assert (layout.batch, layout.heads) == (batch, heads)
+    expected = torch.stack(
+        [painted(rows, q_len, k_len, block_q, block_k, is_causal) for rows in indices.flatten(0, 1)]
+    ).view(batch, heads, q_len, k_len)
     for b in range(batch):
         for h in range(heads):
-            expected = painted(indices[b, h], q_len, k_len, block_q, block_k, is_causal)
-            assert torch.equal(layout.to_dense(h, b), expected)
+            assert torch.equal(layout.to_dense(h, b), expected[b, h])
+    same_tiles(layout, BlockLayout.from_dense_mask(expected, (block_q, block_k)))
+    rows_are_known(layout, width)
+
+
+def same_tiles(layout, general):
+    """Tiles, their masks and the transpose, in the same order; masks may be numbered differently."""
+    for name in ("indptr", "indices", "t_indptr", "t_indices", "t_edges"):
+        count = None if name.endswith("indptr") else general.nnz
+        assert torch.equal(getattr(layout, name)[:count], getattr(general, name)), name
+    ids, wanted = layout.mask_ids[: general.nnz].long(), general.mask_ids.long()
+    assert torch.equal(ids < 0, wanted < 0)
+    partial = ids >= 0
+    assert torch.equal(layout.masks[ids[partial]], general.masks[wanted[partial]])
+    assert (layout.indices[general.nnz :] == 0).all() and (layout.mask_ids[general.nnz :] == -1).all()
+
+
+def rows_are_known(layout, width):
+    """What the layout says of its rows: at most ``width`` tiles, the partial ones last."""
+    known = layout._memo[SHORT_ROWS]
+    row, _ = layout.rows_and_columns()
+    partial = layout.mask_ids[: layout.nnz] >= 0
+    assert known.bound == width and (layout.row_counts() <= width).all()
+    assert not (partial[:-1] & ~partial[1:] & (row[1:] == row[:-1])).any()
+    counts = torch.zeros(layout.indptr.numel() - 1, dtype=torch.int32).index_add_(0, row, partial.int())
+    assert (known.partial is None) == (len(layout.masks) == 0)
+    if known.partial is not None:
+        assert torch.equal(known.partial.reshape(-1), counts)
+    filled = layout.row_counts() > 0
+    assert torch.equal(known.first.reshape(-1)[filled], layout.indices[layout.indptr[:-1][filled]])
+    assert not known.first.reshape(-1)[~filled].any()
+
+
+@runs(60)
+@given(
+    st.integers(1, 300),
+    st.integers(1, 300),
+    SIZES,
+    SIZES,
+    st.booleans(),
+    st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 6)),
+    st.integers(0, 2**40),
+)
+def test_a_selection_for_several_heads(q_len, k_len, block_q, block_k, is_causal, shape, seed):
+    """Each group's tiles for each of its heads, and where every place went."""
+    batch, groups, share, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    size = Sizes(*sizes(q_len, k_len, (block_q, block_k)), is_causal)
+    chosen = torch.rand(batch, groups, size.q_blocks, size.k_blocks, generator=generator).argsort(-1)
+    chosen = chosen[..., :width].to(torch.int32)
+    chosen = chosen.masked_fill(torch.rand(chosen.shape, generator=generator) < 0.3, -1)
+    layout, slot = BlockLayout.from_chosen(in_order(chosen, size), share, size)
+    each = chosen.repeat_interleave(share, 1)
+    same = BlockLayout.from_topk(each, q_len, k_len, (block_q, block_k), is_causal)
+    for name, tensor in same.tensors()._asdict().items():
+        assert torch.equal(getattr(layout, name), tensor), name
+    assert (layout.batch, layout.heads) == (batch, groups * share)
+    assert torch.equal(slot.flatten().sort().values, torch.arange(layout.capacity))
+    column, valid = in_order(chosen, size)
+    assert torch.equal(layout.indices[slot], column[:, :, None].expand(slot.shape))
+    assert torch.equal(slot < layout.nnz, valid[:, :, None].expand(slot.shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64])
+def test_junk_names_no_key_block(dtype):
+    limits = torch.iinfo(dtype)
+    junk = [limits.min, limits.max, 0, 2, 2, 100]
+    if dtype == torch.int64:
+        junk += [2**32, 2**32 + 1, -(2**31), 2**31 - 1]
+    layout = BlockLayout.from_topk(torch.tensor(junk, dtype=dtype).view(1, 1, 1, -1), 16, 16 * 201, 16)
+    layout.validate()
+    wanted = {value for value in junk if 0 <= value < 201}
+    assert layout.indices[: layout.nnz].tolist() == sorted(wanted)
 
 
 def test_nothing_is_read_back_to_the_host():

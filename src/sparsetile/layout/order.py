@@ -78,8 +78,7 @@ def _columns_of(row: Tensor, indptr: Tensor, indices: Tensor, shape: Shape) -> T
     """Flattened column of each entry; the number of columns for unused ones, whatever they hold."""
     lines = shape.groups * shape.k_blocks
     group = torch.div(row if lines < _INT32 else row.long(), shape.q_blocks, rounding_mode="floor")
-    line = torch.add(indices, group, alpha=shape.k_blocks)
-    return torch.where(group < shape.groups, line, lines)
+    return torch.add(indices, group, alpha=shape.k_blocks).masked_fill_(group >= shape.groups, lines)
 
 
 def _sorted(key: Tensor, lines: int, kind: torch.dtype) -> tuple[Tensor, Tensor]:

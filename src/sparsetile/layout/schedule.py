@@ -137,15 +137,17 @@ def _build(layout: BlockLayout, direction: Direction, chunk: int) -> Schedule:
             layout.indptr, layout.indices, mask_ids, layout.shape, by_rows=by_rows
         )
         mask_ids = mask_ids.index_select(0, edges)
-        starts = starts.long()
-        begin, middle, stop = starts[:-1:2], starts[1::2], starts[2::2]
+    elif by_rows:
+        starts, others, edges = layout.indptr, layout.indices, layout.indptr.new_empty(0)
     else:
-        if by_rows:
-            starts, others, edges = layout.indptr, layout.indices, layout.indptr.new_empty(0)
-        else:
-            starts, others, edges = layout.transpose
-        starts = starts.long()
-        begin, middle, stop = starts[:-1], starts[1:], starts[1:]
+        starts, others, edges = layout.transpose
+    # What is counted below fits into int32 unless a row can be of tens of thousands of tiles.
+    most = max(longest_possible * (longest_possible // chunk + 2), layout.shape.groups * _LENGTH_CLASSES)
+    small = kind == torch.int32 and most < 2**31
+    count = torch.int32 if small else torch.int64
+    starts = starts.to(count)
+    step = 2 if partial else 1
+    begin, middle, stop = starts[:-1:step], starts[1::step], starts[step::step]
 
     rows, may_split = begin.numel(), chunk < longest_possible
     n_items = rows + (capacity // chunk if may_split else 0)
@@ -155,42 +157,44 @@ def _build(layout: BlockLayout, direction: Direction, chunk: int) -> Schedule:
     parts = (length + (chunk - 1)).div_(chunk, rounding_mode="floor").clamp_(min=1)
     split = parts > 1
     slots_of = parts * split
-    after, slot_first = parts.cumsum(0), slots_of.cumsum(0) - slots_of
+    after = parts.cumsum(0, dtype=count)
+    slot_first = slots_of.cumsum(0, dtype=count).sub_(slots_of)
 
-    item = torch.arange(n_items, device=device)
-    row = torch.searchsorted(after, item, right=True).clamp_(max=rows - 1)
+    item = torch.arange(n_items, dtype=count, device=device)
+    # Items past the real ones look up the last row, of which they are no part.
+    row = torch.searchsorted(after, item, right=True, out_int32=small).clamp_(max=rows - 1)
     by_row = torch.stack((begin, middle, length, parts, after - parts, slot_first))
     begin_of, middle_of, length_of, parts_of, first_of, slot_of = by_row.index_select(1, row)
     part = item - first_of
-    real = part < parts_of
-    start = begin_of + torch.div(part * length_of, parts_of, rounding_mode="floor")
-    end = begin_of + torch.div((part + 1) * length_of, parts_of, rounding_mode="floor")
-    full_end = middle_of.clamp(start, end)
-    slot = torch.where(parts_of > 1, slot_of + part, -1)
-    # Eight classes an octave: nearly equal items keep the order of their rows, and with it the L2's content.
-    used = end > start
-    length_class = ((end - start).clamp_(min=1).double().log2() * 8).long() + used
-    rank = (row // blocks + 1) * _LENGTH_CLASSES - length_class
-    last = torch.iinfo(torch.int64).max
-    if layout.shape.groups < 2**31 // _LENGTH_CLASSES - 1:
-        rank, last = rank.int(), torch.iinfo(torch.int32).max
-    order = torch.argsort(torch.where(real, rank, last), stable=True)
+    none = part >= parts_of
+    cuts = torch.arange(2, dtype=count, device=device)[:, None] + part
+    start, end = cuts.mul_(length_of).div_(parts_of, rounding_mode="floor").add_(begin_of)
+    slot = (slot_of + part).masked_fill_(none | (parts_of == 1), -1)
+    length_of_item = end - start
     first_block = torch.zeros_like(start)
     if capacity:
-        first_block = torch.where(used, others.index_select(0, start.clamp(max=capacity - 1)), 0)
-    items = torch.stack((torch.where(real, row, -1), start, full_end, end, slot, first_block)).to(kind)
-    items = items.index_select(1, order)
+        first_block = others.index_select(0, start.clamp(max=capacity - 1)) * (length_of_item > 0)
+    # Eight classes an octave: nearly equal items keep the order of their rows, and with it the L2's content.
+    # A tile and a half more, so that no length falls on the border of a class.
+    minus_class = (length_of_item + 1.5).log2_().mul_(-8).to(count)
+    head = torch.div(row, blocks, rounding_mode="floor")
+    rank = torch.add(minus_class, head, alpha=_LENGTH_CLASSES).masked_fill_(none, torch.iinfo(count).max)
+    order = torch.argsort(rank, stable=True)
+    row = row.masked_fill_(none, -1)
+    items = torch.stack((row, start, middle_of.clamp(start, end), end, slot, first_block))
+    items = items.index_select(1, order).to(kind)
 
-    splits = torch.zeros((3, n_splits + 1), dtype=torch.int64, device=device)
+    splits = torch.zeros((3, n_splits + 1), dtype=count, device=device)
     if n_splits:
-        place = torch.where(split, split.cumsum(0) - 1, n_splits).clamp_(max=n_splits)
-        splits[:, place] = torch.stack((torch.arange(rows, device=device), slot_first, slots_of))
-    splits = splits[:, :n_splits].to(kind)
+        # Rows that are not split all go to place 0.
+        place = split.cumsum(0) * split
+        row = torch.arange(rows, dtype=count, device=device)
+        splits[:, place] = torch.stack((row, slot_first, slots_of))
+    splits = splits[:, 1:].to(kind)
 
     long_items = 0
     if device.type == "cpu" or layout._memo.get(HOST_KNOWN):
-        counts = torch.stack((parts.sum(), split.sum(), slots_of.sum())).tolist()
-        n_items, n_splits, n_slots = (int(count) for count in counts)
+        n_items, n_splits, n_slots = torch.stack((parts.sum(), split.sum(), slots_of.sum())).tolist()
         items, splits = items[:, :n_items], splits[:, :n_splits]
         if layout.batch == layout.heads == 1:
             long_items = n_slots

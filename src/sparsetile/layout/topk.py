@@ -133,7 +133,7 @@ def in_order(indices: Tensor, sizes: Sizes) -> Chosen:
         valid = col <= last[:, None]
     else:
         valid = col < sizes.k_blocks
-    return Chosen(torch.where(valid, col, 0), valid)
+    return Chosen(col.mul_(valid), valid)
 
 
 def topk_tensors(chosen: Chosen, share: int, sizes: Sizes) -> TopkTensors:
@@ -211,7 +211,7 @@ def _mask_ids(chosen: Chosen, sizes: Sizes) -> tuple[Tensor | None, Tensor]:
     if rows_left:
         # The last row has masks of its own, the first of them for tiles that only the end of the rows cuts.
         ids[:, :, -1] += cut + 1
-    return torch.where(valid, ids, FULL), _below(ends, block_k)
+    return ids.masked_fill_(~valid, FULL), _below(ends, block_k)
 
 
 def _below(ends: Tensor, block_k: int) -> Tensor:
