@@ -36,7 +36,8 @@ _COMMANDS = {
         "  sparsetile show 'Local(4096) | Global(128)' --length 1M --causal --png layout.png\n"
         "  sparsetile show 'LogStrided()' --length 8192 --block 64\n"
         "  sparsetile show ultra_sparse --length 128K --causal\n"
-        "  sparsetile show --run runs/train --head 1\n",
+        "  sparsetile show --run runs/train --head 1\n"
+        "  sparsetile show --adaptive learned.pt --text README.md --png kept.png\n",
     ),
     "bench": (
         "time, memory and error of every backend against dense attention and its rivals",
@@ -172,6 +173,12 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run", dest="folder", metavar="DIR", help="draw what `train --out DIR` trained with"
     )
+    parser.add_argument(
+        "--adaptive",
+        metavar="CHECKPOINT",
+        help="draw what a model of `train --arms adaptive` keeps of a text, over dense attention's mass",
+    )
+    parser.add_argument("--text", metavar="FILE", help="the text for --adaptive, its first --length bytes")
     parser.add_argument("--keys", type=token_count, metavar="N", help="key tokens, if not as many as queries")
     parser.add_argument("--causal", action="store_true", help="also forbid keys after the query")
     parser.add_argument("--block", type=int, default=128, choices=BLOCK_SIZES, help="tile edge (default 128)")
@@ -179,7 +186,7 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head", type=int, default=0, metavar="h", help="the head to draw (default 0)")
     parser.add_argument("--head-dim", type=positive, default=128, metavar="D", help="for FLOPs (default 128)")
     parser.add_argument("--png", metavar="FILE", help="also write a picture (needs matplotlib)")
-    parser.set_defaults(run=_show)
+    parser.set_defaults(run=_show, unset=vars(parser.parse_args([])))
 
 
 def _doctor(_options: argparse.Namespace) -> int:
@@ -194,6 +201,8 @@ def _show(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markup import escape
 
+    if options.adaptive is not None or options.text is not None:
+        return _show_adaptive(options)
     from sparsetile import viz
     from sparsetile.facts import describe
 
@@ -203,7 +212,7 @@ def _show(options: argparse.Namespace) -> int:
         raise ArgumentError(
             explain(
                 "show",
-                expected="PATTERN and --length N, or --run DIR",
+                expected="PATTERN and --length N, or --run DIR, or --adaptive CHECKPOINT and --text FILE",
                 got=f"PATTERN {options.pattern}, --length {options.length}",
                 fix="For example: sparsetile show 'Local(2048)' --length 64K.",
             )
@@ -226,6 +235,30 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
+def _show_adaptive(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from sparsetile.train import look
+
+    used = ("adaptive", "text", "length", "png")
+    others = [name for name, unset in options.unset.items() if getattr(options, name) != unset]
+    others = [name for name in others if name not in used]
+    if options.adaptive is None or options.text is None or others:
+        given = [name for name in ("adaptive", "text") if getattr(options, name) is not None]
+        names = {"pattern": "PATTERN", "folder": "--run"}
+        words = [names.get(name, f"--{name.replace('_', '-')}") for name in [*given, *others]]
+        raise ArgumentError(
+            explain(
+                "show --adaptive",
+                expected="--adaptive CHECKPOINT and --text FILE, with --length and --png at most",
+                got=", ".join(words),
+                fix="The checkpoint knows its pattern, tiles and heads.",
+            )
+        )
+    look.show(Console(highlight=False), options.adaptive, options.text, options.length, options.png)
+    return 0
+
+
 def _print_facts(console: Console, rows: list[tuple[str, str]]) -> None:
     # No table: its cells would be cut or wrapped to the width of a narrow terminal, and padded in a pipe.
     margin = max(len(name) for name, _ in rows)
@@ -245,7 +278,8 @@ def _take_run(options: argparse.Namespace) -> None:
     with open(path, encoding="utf-8") as file:
         try:
             run = json.load(file)
-            patterns = [arm["attention"] for arm in run["arms"] if arm["attention"] != "dense"]
+            texts = [arm["attention"] for arm in run["arms"]]
+            patterns = [text for text in texts if text != "dense" and not text.startswith("adaptive(")]
             settings = run["settings"]
             options.length, options.block = settings["context"], settings["block"]
             options.heads = settings["model"]["heads"]
@@ -264,8 +298,8 @@ def _take_run(options: argparse.Namespace) -> None:
             explain(
                 path,
                 expected="an arm with a pattern",
-                got="dense only",
-                fix="Train with --attention PATTERN.",
+                got=", ".join(texts) or "none",
+                fix="Train with --attention PATTERN; learned tiles: show --adaptive CHECKPOINT --text FILE.",
             )
         )
     options.pattern, options.causal = patterns[0], True

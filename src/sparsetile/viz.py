@@ -98,7 +98,7 @@ def save_png(
         ArgumentError: matplotlib is missing (``pip install 'sparsetile[plot]'``), or no such head.
         OSError: the file cannot be written.
     """
-    figure_class, ticker = _matplotlib()
+    figure_class, ticker = require_matplotlib()
     seen = coverage(layout, cells, cells, batch=batch, head=head)
     about = describe(layout, batch=batch, head=head)
     counts = tiles_of(layout, batch, head).counts
@@ -232,7 +232,8 @@ def _unit(colour: tuple[int, int, int]) -> tuple[float, float, float]:
     return (colour[0] / 255, colour[1] / 255, colour[2] / 255)
 
 
-def _matplotlib() -> tuple[Any, Any]:
+def require_matplotlib() -> tuple[Any, Any]:
+    """``Figure`` and ``ticker``; raises ArgumentError where matplotlib is missing."""
     try:
         from matplotlib import ticker
         from matplotlib.figure import Figure
