@@ -298,7 +298,7 @@ def _take_run(options: argparse.Namespace) -> None:
             explain(
                 path,
                 expected="an arm with a pattern",
-                got=", ".join(texts) or "none",
+                got="learned tiles" if any(text != "dense" for text in texts) else "dense only",
                 fix="Train with --attention PATTERN; learned tiles: show --adaptive CHECKPOINT --text FILE.",
             )
         )
