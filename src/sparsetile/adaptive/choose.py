@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsetile.adaptive.config import AdaptiveConfig
 from sparsetile.adaptive.places import Places
 from sparsetile.adaptive.scorer import ImportanceScorer
+from sparsetile.adaptive.search import two_level_tiles
 from sparsetile.adaptive.seen import Seen
 from sparsetile.adaptive.select import at_most, select_tiles
 from sparsetile.kernels.triton_select import MOST_KEPT, chosen_rows
@@ -69,7 +70,9 @@ def choose_tiles(
     }
     a, b, _ = seen.features
     fused = scorer.form == "mlp" and config.selection == "top_k" and not hide
-    if fused and a.device.type == "cuda" and a.dtype == torch.float32 and most <= MOST_KEPT:
+    if config.search_for(nk) == "two_level":
+        indices = two_level_tiles(scorer, seen.features, most, options["limit"], **where)
+    elif fused and a.device.type == "cuda" and a.dtype == torch.float32 and most <= MOST_KEPT:
         # The same choice without the scores in memory, up to the order in which a score's terms are added.
         indices = at_most(chosen_rows(a, b, scorer.output_weight, most, **where), options["limit"])
     else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparsetile.adaptive.scorer import FORMS
+from sparsetile.adaptive.search import FULL_UP_TO, SPAN
 from sparsetile.adaptive.summaries import POOLINGS
 from sparsetile.errors import ArgumentError, explain
 from sparsetile.layout.check import BLOCK_SIZES
@@ -14,6 +15,7 @@ from sparsetile.layout.check import BLOCK_SIZES
 SELECTIONS = ("top_k", "top_p")
 QUERY_SUMMARIES = ("auto", "tile", "first")
 DISTILLATIONS = ("none", "kept", "sampled")
+SEARCHES = ("auto", "full", "two_level")
 _PLACES_PER_BUDGET = 4
 
 
@@ -53,6 +55,11 @@ class AdaptiveConfig:
             the tiles that were kept, ``"sampled"``: the dense mass of one query tile, drawn at each forward.
         coarse: add σ(g)·softmax_j(scale·q·k̄_j)·v̄_j over the pooled keys and values of all tiles that a query
             sees, with a learned gate g that starts where σ(g) = 0.05; see :func:`add_coarse`.
+        search: ``"full"``: a row scores all its key tiles; ``"two_level"``: rows with more than 512 of them
+            score runs of 16 first, then the tiles of the best max(32, 2·k) runs alone, see
+            ``adaptive/search.py``. ``"auto"``: ``"two_level"`` where a row keeps few enough tiles for that to
+            pay: ``"top_k"`` with more than 512 key tiles (64K tokens in tiles of 128) and a density below
+            1/32; else ``"full"``. :meth:`search_for` tells which.
 
     Raises:
         ArgumentError: a value is not as above.
@@ -81,6 +88,7 @@ class AdaptiveConfig:
     self_attention: bool = True
     distillation: Literal["none", "kept", "sampled"] = "none"
     coarse: bool = False
+    search: Literal["auto", "full", "two_level"] = "auto"
 
     def __post_init__(self) -> None:
         self._demand(
@@ -133,10 +141,17 @@ class AdaptiveConfig:
             ("selection", SELECTIONS),
             ("query_summary", QUERY_SUMMARIES),
             ("distillation", DISTILLATIONS),
+            ("search", SEARCHES),
         ):
             value = getattr(self, name)
             fits = isinstance(value, str) and value in known
             self._demand(name, fits, f"one of {', '.join(map(repr, known))}", "See AdaptiveConfig.")
+        self._demand(
+            "search",
+            self.search != "two_level" or self.selection == "top_k",
+            "'auto' or 'full' with selection='top_p'",
+            "Its predicted mass is that of all tiles, which two levels do not look at.",
+        )
         self._demand("k_min", _count(self.k_min), "an integer ≥ 1", "A row always keeps its own tile.")
         if self.k_max is not None:
             self._demand(
@@ -179,6 +194,14 @@ class AdaptiveConfig:
         if self.k_max is not None:
             return min(self.k_max, count)
         return min(max(_PLACES_PER_BUDGET * self.tiles_for(count), self.k_min), count)
+
+    def search_for(self, count: int) -> Literal["full", "two_level"]:
+        """How a call with ``count`` key tiles looks for those that it keeps."""
+        if self.search != "auto":
+            return self.search
+        # At 1/32 the 2·k runs of 16 are all there are.
+        saves = self.selection == "top_k" and 2 * SPAN * self.density < 1.0
+        return "two_level" if saves and count > FULL_UP_TO else "full"
 
     def temperature_at(self, step: int) -> float:
         """τ of the annealing schedule, ``τ₀·(τ_min/τ₀)^min(step/anneal_steps, 1)``: a geometric descent.

@@ -171,12 +171,13 @@ class ImportanceScorer(nn.Module):
             weight = self.output_weight.mT[..., None, None]
             return _mlp_rows(a, b.mT.contiguous(), weight) + self._wide(self.b2)[..., None, None]
 
-    def pairs(self, features: Features, column: Tensor) -> Tensor:
+    def pairs(self, features: Features, column: Tensor, *, dropped: bool = True) -> Tensor:
         """Scores of a few key tiles of each query tile, with gradient to features and parameters, in
         O(B·G·nq·n·hidden) time and memory.
 
         Args:
             column: integers ``[B, G, nq, n]``, key tiles, all in range.
+            dropped: with dropout in training.
 
         Returns:
             ``[B, G, nq, n]``, equal to the entries of :meth:`rows` up to rounding (without dropout). The
@@ -189,19 +190,19 @@ class ImportanceScorer(nn.Module):
         a = features.a[..., None, :]
         with torch.autocast(b.device.type, enabled=False):
             if self.form == "bilinear":
-                return self._dropped(a * b).sum(-1)
+                return self._dropped(a * b, dropped).sum(-1)
             if self.form == "indexer":
                 assert features.gates is not None
                 terms = torch.unflatten(a * b, -1, (self.sub_heads, -1)).sum(-1).relu()
-                return (self._dropped(terms) * features.gates[..., None, :]).sum(-1)
+                return (self._dropped(terms, dropped) * features.gates[..., None, :]).sum(-1)
             weight, bias = self._wide(self.w2), self._wide(self.b2)
-            hidden = self._dropped((a + b).relu())
+            hidden = self._dropped((a + b).relu(), dropped)
             if self.num_heads is None:
                 return hidden @ weight + bias
             return (hidden * weight[:, None, None]).sum(-1) + bias[:, None, None]
 
-    def _dropped(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+    def _dropped(self, x: Tensor, wanted: bool) -> Tensor:
+        return F.dropout(x, self.dropout, self.training and wanted)
 
     def _wide(self, x: Tensor) -> Tensor:
         return x.to(self.compute_dtype)

@@ -9,7 +9,7 @@ group, row, column) alone, so neither chunks nor neighbours in the batch change 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,6 +104,8 @@ def select_tiles(
     k_min: int = 1,
     k_max: int | None = None,
     chunk: int | None = None,
+    span: int = 1,
+    within: Tensor | None = None,
 ) -> Selection:
     """The tiles that each row keeps, without a host sync and in O(B·G·nq·k) memory besides one chunk.
 
@@ -118,6 +120,10 @@ def select_tiles(
     kept iff j < k_min or Σ_{i<j} m_i < top_p: tiles in the above order until their mass reaches ``top_p``.
     Noise changes the order, not the mass.
 
+    The two levels of ``adaptive.search``: with ``span`` > 1 keys are runs of so many tiles, the last of which
+    may be shorter, and a row's own run is the one that holds its own tile. With ``within`` keys are tiles,
+    and a row may keep those of the runs given. In both, causal rows keep nothing beyond their own.
+
     Args:
         scorer_rows: ``(start, stop) → [B, G, stop − start, nk]``, scores of these rows; compared in float32.
         shape: ``(B, G, nq, nk)``.
@@ -130,35 +136,53 @@ def select_tiles(
         top_p: in (0, 1]; None keeps k tiles.
         k_min, k_max: bounds of the places used with ``top_p``; k_max defaults to k, and replaces it.
         chunk: rows scored at a time; by default as many as make 2²⁰ scores, one at least.
+        span: tiles of a run.
+        within: integers ``[B, G, nq, S]``, distinct runs of each row, −1 = none. ``scorer_rows`` then returns
+            ``[B, G, stop − start, S·span]``: scores of tiles ``within·span + 0 … span − 1``, run by run; what
+            it says of those that do not exist does not matter. Not with ``top_p``, which needs them all.
 
     Raises:
         ArgumentError: an argument is not as above.
     """
     width = _checked_width(shape, k, temperature, valid_keys, top_p, k_min, k_max, chunk)
+    if (span > 1 or within is not None) and top_p is not None:
+        _refuse("top_p", "None in a search of two levels", top_p, "The mass of a row is that of all tiles.")
     batch, groups, nq, nk = shape
-    step = chunk if chunk is not None else max(1, CHUNK_SCORES // (batch * groups * nk))
+    columns = nk if within is None else within.shape[-1] * span
+    step = chunk if chunk is not None else max(1, CHUNK_SCORES // (batch * groups * columns))
     parts = []
     for start in range(0, nq, step):
         stop = min(start + step, nq)
         scores = scorer_rows(start, stop)
-        if tuple(scores.shape) != (batch, groups, stop - start, nk):
+        if tuple(scores.shape) != (batch, groups, stop - start, columns):
             raise ArgumentError(
                 explain(
                     "scorer_rows(start, stop)",
-                    expected=[batch, groups, stop - start, nk],
+                    expected=[batch, groups, stop - start, columns],
                     got=list(scores.shape),
                     fix="Return a score for each key tile.",
                 )
             )
         device = scores.device
-        last = reach(nq, nk, is_causal=is_causal, offset_tokens=offset_tokens, block=block, device=device)
-        home = own_tiles(nq, nk, offset_tokens=offset_tokens, block=block, device=device)
+        where: dict[str, Any] = {"offset_tokens": offset_tokens, "block": block, "device": device}
+        tiles = nk if within is not None else nk * span
+        last = reach(nq, tiles, is_causal=is_causal, **where)
+        home = own_tiles(nq, tiles, **where)
+        if is_causal and (span > 1 or within is not None):
+            last = torch.minimum(last, home)
+        if span > 1 and within is None:
+            last, home = (torch.div(x, span, rounding_mode="floor") for x in (last, home))
+        col = torch.arange(nk, device=device)
+        if within is not None:
+            col = tiles_of_runs(within[:, :, start:stop], span)
         rows = _Rows(
             torch.arange(start, stop, device=device)[:, None],
             last[start:stop, None],
             home[start:stop, None],
         )
-        parts.append(_chosen(scores, rows, width, temperature, noise, sink, own, valid_keys, top_p, k_min))
+        parts.append(
+            _chosen(scores, col, rows, width, temperature, noise, sink, own, valid_keys, top_p, k_min)
+        )
     indices = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
     return Selection(indices if limit is None else at_most(indices, limit))
 
@@ -168,6 +192,11 @@ def at_most(indices: Tensor, limit: Tensor) -> Tensor:
     ``[B, G, nq]``; the others are −1."""
     place = torch.arange(indices.shape[-1], device=indices.device)
     return torch.where(place < limit[..., None], indices, -1)
+
+
+def tiles_of_runs(runs: Tensor, span: int) -> Tensor:
+    """int64 ``[…, S·span]``: the tiles of runs ``[…, S]``, run by run; below 0 for runs below 0."""
+    return (runs.long()[..., None] * span + torch.arange(span, device=runs.device)).flatten(-2)
 
 
 class _Rows(NamedTuple):
@@ -180,6 +209,7 @@ class _Rows(NamedTuple):
 
 def _chosen(
     scores: Tensor,
+    col: Tensor,
     rows: _Rows,
     width: int,
     temperature: float | Tensor,
@@ -190,11 +220,15 @@ def _chosen(
     top_p: float | None,
     k_min: int,
 ) -> Tensor:
-    batch, groups, _, nk = scores.shape
-    col = torch.arange(nk, device=scores.device)
-    allowed = (col <= rows.reach).expand(batch, 1, -1, -1)
+    """int32 ``[B, G, rows, width]``, of scores of the key tiles ``col``: ``[n]`` or ``[B, G, rows, n]``."""
+    batch, groups, _, columns = scores.shape
+    allowed = (col <= rows.reach).expand(batch, 1 if col.dim() == 1 else groups, -1, -1)
+    if col.dim() > 1:
+        allowed, col = allowed & (col >= 0), col.clamp(min=0)
+    mine = rows.own <= rows.reach
     if valid_keys is not None:
-        allowed = allowed & valid_keys[:, None, None, :]
+        allowed = allowed & _look_up(valid_keys, col)
+        mine = mine & valid_keys[:, None][..., rows.own]
     logits = scores.float()
     if noise is not None or top_p is not None:
         tau = temperature if isinstance(temperature, Tensor) else float(temperature)
@@ -208,14 +242,14 @@ def _chosen(
     ranks = _ranks(order, col)
     if sink:
         # Above all others, and its low bits name tile 0 as those of any key do.
-        ranks[..., 0] = _FIRST
+        ranks = torch.where(col == 0, _FIRST, ranks)
     ranks = torch.where(others, ranks, _NEVER)
-    count = min(width - int(own), nk)
+    count = min(width - int(own), columns)
     best = ranks.topk(count, -1).values
     picked = torch.where(best == _NEVER, -1, _MASK - (best & _MASK))
     if own:
-        mine = torch.where(allowed.gather(-1, rows.own.expand(batch, 1, -1, -1)), rows.own, -1)
-        picked = torch.cat((mine.expand(-1, groups, -1, -1), picked), -1)
+        home = torch.where(mine, rows.own, -1).expand(batch, groups, -1, -1)
+        picked = torch.cat((home, picked), -1)
     picked = F.pad(picked, (0, width - picked.shape[-1]), value=-1)
     if top_p is not None:
         total = logits.masked_fill(~allowed, -torch.inf).logsumexp(-1, keepdim=True)
@@ -225,6 +259,14 @@ def _chosen(
         place = torch.arange(width, device=scores.device)
         picked = torch.where((place < k_min) | (before < top_p), picked, -1)
     return picked.to(torch.int32)
+
+
+def _look_up(valid_keys: Tensor, col: Tensor) -> Tensor:
+    """Of each key tile whether it is valid: ``[B, 1, 1, n]``, or ``[B, G, rows, n]`` where ``col`` is so."""
+    if col.dim() == 1:
+        return valid_keys[:, None, None, :]
+    last = valid_keys.shape[1] - 1
+    return valid_keys[:, None, None].expand(*col.shape[:3], -1).gather(-1, col.clamp(max=last))
 
 
 def _ranks(order: Tensor, col: Tensor) -> Tensor:

@@ -1,0 +1,114 @@
+"""The search of long rows in two levels: runs of key tiles first, then the tiles of the best runs.
+
+Scoring every pair of tiles costs O(nq·nk), which above 64K tokens is what choosing tiles costs at all. So a
+run of :data:`SPAN` consecutive key tiles is scored first, by the mean of its tiles' features: a scorer's
+features are linear in a tile's summary, so it is the score of the run's mean summary. Then the tiles of the
+best runs alone are scored::
+
+    runs of row i   = own run ∪ sink's run ∪ best runs j of s(q̄_i, mean of k̄ over run j)    S_i in all
+    S_i             = max(32, 2·k_i)                         for k_i tiles that the row keeps
+    tiles of row i  = what ``select_tiles`` chooses, from these runs' tiles
+
+which is O(nq·(nk/16 + 16·S)). It is not exact: a tile that stands out from a run of others can be missed.
+A row with at most 32·16 = 512 tiles to choose from keeps all its runs, so it is searched in full. S_i depends
+on the row alone, and in causal calls a run is judged only if it ends before the row's own tile (the run with
+the own tile is always kept, and its tiles are judged singly), so what a row keeps depends on its past alone.
+
+Noise, in training, perturbs both levels, the runs by draws of their own: every tile keeps its chance.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsetile.adaptive.scorer import Features, ImportanceScorer
+from sparsetile.adaptive.select import at_most, select_tiles, tiles_of_runs
+from sparsetile.adaptive.summaries import tile_summaries, valid_tiles
+
+SPAN = 16
+"""Tiles of a run."""
+
+LEAST_RUNS = 32
+FULL_UP_TO = SPAN * LEAST_RUNS
+"""Tiles of a row that is searched in full in any case: 64K tokens in tiles of 128."""
+
+_RUNS_PER_TILE = 2
+_OF_RUNS = 0x5851F42D4C957F2D
+"""Turns the seed of the tiles' noise into that of the runs'."""
+
+_CHUNK_TERMS = 2**22
+"""Products of a chunk of rows in the second level; with what they are made of about 64 MiB."""
+
+
+@torch.no_grad()
+def two_level_tiles(
+    scorer: ImportanceScorer,
+    features: Features,
+    k: int,
+    limit: Tensor,
+    *,
+    is_causal: bool,
+    offset_tokens: int,
+    block: int,
+    temperature: float | Tensor = 1.0,
+    noise: Tensor | None = None,
+    sink: bool = False,
+    valid_keys: Tensor | None = None,
+) -> Tensor:
+    """The tiles that each row keeps, int32 ``[B, G, nq, k]`` as :func:`select_tiles` returns them; no host
+    sync, memory O(B·G·nq·(k + S)) besides one chunk.
+
+    A row that lies astride two key tiles keeps the first of them as its own, and never the second.
+
+    Args:
+        features: of all query and key tiles; those of the form ``"mlp"`` go through one Triton kernel a level
+            on a GPU.
+        k: places of a row.
+        limit: integers ``[nq]``: places that each row may use, at most k.
+        is_causal, offset_tokens, block, temperature, noise, sink, valid_keys: as for :func:`select_tiles`.
+    """
+    batch, groups, nq, _ = features.a.shape
+    nk = features.b.shape[2]
+    padding = None if valid_keys is None else ~valid_keys
+    where: dict[str, Any] = {
+        "is_causal": is_causal,
+        "offset_tokens": offset_tokens,
+        "block": block,
+        "temperature": temperature,
+        "sink": sink,
+        "span": SPAN,
+    }
+    of_runs = features._replace(b=tile_summaries(features.b, SPAN, padding=padding))
+    count = of_runs.b.shape[2]
+    most = min(max(LEAST_RUNS, _RUNS_PER_TILE * k), count)
+    runs = select_tiles(
+        lambda start, stop: scorer.rows(of_runs, start, stop),
+        (batch, groups, nq, count),
+        most,
+        noise=None if noise is None else noise ^ _OF_RUNS,
+        valid_keys=None if padding is None else valid_tiles(padding, SPAN),
+        limit=(_RUNS_PER_TILE * limit).clamp(min=LEAST_RUNS),
+        **where,
+    ).indices
+
+    def rows(start: int, stop: int) -> Tensor:
+        column = tiles_of_runs(runs[:, :, start:stop], SPAN).clamp(0, nk - 1)
+        a, b, gates = features
+        part = Features(a[:, :, start:stop], b, None if gates is None else gates[:, :, start:stop])
+        return scorer.pairs(part, column, dropped=False)
+
+    chunk = max(1, _CHUNK_TERMS // (batch * groups * most * SPAN * features.b.shape[3]))
+    tiles = select_tiles(
+        rows,
+        (batch, groups, nq, nk),
+        k,
+        noise=noise,
+        valid_keys=valid_keys,
+        within=runs,
+        chunk=chunk,
+        **where,
+    ).indices
+    return at_most(tiles, limit)
