@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsetile.errors import LayoutError, PatternError, explain
+from sparsetile.errors import LayoutError
 from sparsetile.layout import build, convert, order
 from sparsetile.layout.build import Transpose
-from sparsetile.layout.check import BLOCK_SIZES, first_broken, sizes
+from sparsetile.layout.check import BLOCK_SIZES, check_pattern, first_broken, sizes
 from sparsetile.layout.topk import SHORT_ROWS, Chosen, Sizes, check_indices, distinct, in_order, topk_tensors
 from sparsetile.patterns.base import Pattern
-from sparsetile.patterns.tiles import Grid, mask_words, unpack
+from sparsetile.patterns.tiles import Grid, mask_words
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -39,8 +39,7 @@ _TRANSPOSE = "transpose"
 
 
 class LayoutTensors(NamedTuple):
-    """The tensors of a layout in the order in which operators pass them, the last three only if they were
-    given to its constructor."""
+    """The tensors of a layout in the order in which operators pass them (see ``BlockLayout.operands``)."""
 
     indptr: Tensor
     indices: Tensor
@@ -140,7 +139,8 @@ class BlockLayout:
         return LayoutTensors(self.indptr, self.indices, self.mask_ids, self.masks, *self.transpose)
 
     def operands(self) -> list[Tensor]:
-        """What operators pass: the tensors that the constructor was given."""
+        """What operators pass: the tensors that the constructor was given, so without a transpose that only
+        a backward pass would ask for."""
         return [self.indptr, self.indices, self.mask_ids, self.masks, *(self.given or ())]
 
     # -- constructors ---------------------------------------------------------------------------------
@@ -168,30 +168,8 @@ class BlockLayout:
             PatternError: the pattern does not fit the lengths or blocks.
             LayoutError: impossible lengths, block sizes or heads.
         """
-        if not isinstance(pattern, Pattern):
-            raise PatternError(
-                explain(
-                    "from_pattern(pattern)",
-                    expected="a Pattern",
-                    got=type(pattern).__name__,
-                    fix="Use e.g. Local(1024) & Causal(), or parse_pattern() for text.",
-                )
-            )
         q_len, k_len, block_q, block_k = sizes(q_len, k_len, block_size)
-        if heads is not None and (type(heads) is not int or heads < 1):
-            raise LayoutError(
-                explain("heads", expected="an integer ≥ 1", got=repr(heads), fix="Give the query heads.")
-            )
-        pattern.check(q_len, k_len, heads)
-        if pattern.needs_heads and heads is None:
-            raise LayoutError(
-                explain(
-                    "heads",
-                    expected="the number of query heads, because the pattern differs by head",
-                    got=None,
-                    fix="Pass heads=….",
-                )
-            )
+        check_pattern(pattern, q_len, k_len, heads)
         groups = heads if pattern.needs_heads and heads is not None else 1
         # Under another default device, what is made on the way still belongs on the CPU.
         elsewhere = torch.get_default_device().type != "cpu"
@@ -273,36 +251,11 @@ class BlockLayout:
             q_len, k_len, block_size: needed with ``cols``. For a sparse tensor the lengths default to its
                 shape and may be less by a part of a block; the block size is its own.
         """
-        if cols is None:
-            if blocks.layout is not torch.sparse_bsr or not 2 <= blocks.dim() <= 4:
-                raise LayoutError(
-                    explain(
-                        "from_bsr",
-                        expected="a torch.sparse_bsr tensor of 2 to 4 dimensions, or row starts and cols",
-                        got=f"{blocks.layout} {list(blocks.shape)}",
-                        fix="Convert with tensor.to_sparse_bsr((block_q, block_k)).",
-                    )
-                )
-            own = tuple(blocks.values().shape[-2:])
-            starts, cols, lead = blocks.crow_indices(), blocks.col_indices(), blocks.shape[:-2]
-            q_len = blocks.shape[-2] if q_len is None else q_len
-            k_len = blocks.shape[-1] if k_len is None else k_len
-            block_size = (own[0], own[1]) if block_size is None else block_size
-        else:
-            starts, lead = blocks, blocks.shape[:-1]
-        if q_len is None or block_size is None or len(lead) > 2:
-            raise LayoutError(
-                explain(
-                    "from_bsr(starts, cols)",
-                    expected="q_len, block_size and at most two leading dimensions",
-                    got=f"q_len={q_len}, block_size={block_size}, starts {list(starts.shape)}",
-                    fix="Row starts and columns alone do not say how long the sequence is.",
-                )
-            )
+        starts, cols, q_len, k_len, block_size = convert.row_parts(blocks, cols, q_len, k_len, block_size)
         q_len, k_len, block_q, block_k = sizes(q_len, k_len, block_size)
         row, col, groups = convert.compressed_rows(starts, cols, -(-q_len // block_q), -(-k_len // block_k))
         rows = convert.whole_tiles(row, col, q_len, k_len, block_q, block_k, groups)
-        heads = lead[-1] if lead else 1
+        heads = starts.shape[-2] if starts.dim() > 1 else 1
         return cls._of(rows, q_len, k_len, block_q, block_k, groups // heads, heads).to(starts.device)
 
     @classmethod
@@ -423,30 +376,7 @@ class BlockLayout:
 
     def to_dense(self, head: int = 0, batch: int = 0) -> Tensor:
         """bool ``[q_len, k_len]``: the allowed pairs of one head of one batch element, written out."""
-        if not (0 <= head < self.heads and 0 <= batch < self.batch):
-            raise LayoutError(
-                explain(
-                    "to_dense(head, batch)",
-                    expected=f"head below {self.heads} and batch below {self.batch}",
-                    got=(head, batch),
-                    fix="A layout shared by all heads has the one head 0.",
-                )
-            )
-        start = (batch * self.heads + head) * self.q_blocks
-        bounds = self.indptr[start : start + self.q_blocks + 1].long()
-        first, end = int(bounds[0]), int(bounds[-1])
-        rows = torch.arange(self.q_blocks, device=self.device)
-        row = rows.repeat_interleave(bounds.diff(), output_size=end - first)
-        ids = self.mask_ids[first:end].long()
-        whole = torch.ones((1, self.block_q, self.block_k), dtype=torch.bool, device=self.device)
-        bits = torch.cat((unpack(self.masks, self.block_k), whole))
-        out = torch.zeros(
-            (self.q_blocks, self.k_blocks, self.block_q, self.block_k), dtype=torch.bool, device=self.device
-        )
-        # FULL is −1, which picks the all-ones tile at the end.
-        out[row, self.indices[first:end].long()] = bits[ids]
-        dense = out.transpose(1, 2).reshape(self.q_blocks * self.block_q, self.k_blocks * self.block_k)
-        return dense[: self.q_len, : self.k_len]
+        return convert.to_dense(self, head, batch)
 
     def to_flex(self) -> BlockMask:
         """This layout as a FlexAttention block mask, whose ``mask_mod`` reads the bit masks.

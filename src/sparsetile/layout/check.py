@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparsetile.errors import LayoutError, explain
+from sparsetile.errors import LayoutError, PatternError, explain
+from sparsetile.patterns.base import Pattern
 from sparsetile.patterns.tiles import mask_words, ones, unpack
 
 if TYPE_CHECKING:
@@ -39,6 +40,33 @@ def sizes(q_len: int, k_len: int | None, block_size: int | tuple[int, int]) -> t
             )
         )
     return q_len, k_len, pair[0], pair[1]
+
+
+def check_pattern(pattern: Pattern, q_len: int, k_len: int, heads: int | None) -> None:
+    """Raises PatternError or LayoutError if the pattern does not fit the lengths or heads."""
+    if not isinstance(pattern, Pattern):
+        raise PatternError(
+            explain(
+                "from_pattern(pattern)",
+                expected="a Pattern",
+                got=type(pattern).__name__,
+                fix="Use e.g. Local(1024) & Causal(), or parse_pattern() for text.",
+            )
+        )
+    if heads is not None and (type(heads) is not int or heads < 1):
+        raise LayoutError(
+            explain("heads", expected="an integer ≥ 1", got=repr(heads), fix="Give the query heads.")
+        )
+    pattern.check(q_len, k_len, heads)
+    if pattern.needs_heads and heads is None:
+        raise LayoutError(
+            explain(
+                "heads",
+                expected="the number of query heads, because the pattern differs by head",
+                got=None,
+                fix="Pass heads=….",
+            )
+        )
 
 
 def first_broken(layout: BlockLayout) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsetile.errors import LayoutError, explain
 from sparsetile.layout import build
-from sparsetile.patterns.tiles import Grid, Tiles, allowed_words, ones, pack
+from sparsetile.patterns.tiles import Grid, Tiles, allowed_words, ones, pack, unpack
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -79,6 +79,43 @@ def block_tiles(mask: Tensor, q_len: int, k_len: int, block_q: int, block_k: int
         )
     row, col = mask.reshape(-1, shape[1]).nonzero().cpu().unbind(1)
     return whole_tiles(row, col, q_len, k_len, block_q, block_k, mask.shape[0] * mask.shape[1])
+
+
+def row_parts(
+    blocks: Tensor,
+    cols: Tensor | None,
+    q_len: int | None,
+    k_len: int | None,
+    block_size: int | tuple[int, int] | None,
+) -> tuple[Tensor, Tensor, int, int | None, int | tuple[int, int]]:
+    """(row starts, columns, q_len, k_len, block_size) of the arguments of :meth:`BlockLayout.from_bsr`."""
+    if cols is None:
+        if blocks.layout is not torch.sparse_bsr or not 2 <= blocks.dim() <= 4:
+            raise LayoutError(
+                explain(
+                    "from_bsr",
+                    expected="a torch.sparse_bsr tensor of 2 to 4 dimensions, or row starts and cols",
+                    got=f"{blocks.layout} {list(blocks.shape)}",
+                    fix="Convert with tensor.to_sparse_bsr((block_q, block_k)).",
+                )
+            )
+        own = tuple(blocks.values().shape[-2:])
+        starts, cols, lead = blocks.crow_indices(), blocks.col_indices(), blocks.shape[:-2]
+        q_len = blocks.shape[-2] if q_len is None else q_len
+        k_len = blocks.shape[-1] if k_len is None else k_len
+        block_size = (own[0], own[1]) if block_size is None else block_size
+    else:
+        starts, lead = blocks, blocks.shape[:-1]
+    if q_len is None or block_size is None or len(lead) > 2:
+        raise LayoutError(
+            explain(
+                "from_bsr(starts, cols)",
+                expected="q_len, block_size and at most two leading dimensions",
+                got=f"q_len={q_len}, block_size={block_size}, starts {list(starts.shape)}",
+                fix="Row starts and columns alone do not say how long the sequence is.",
+            )
+        )
+    return starts, cols, q_len, k_len, block_size
 
 
 def compressed_rows(starts: Tensor, cols: Tensor, q_blocks: int, k_blocks: int) -> tuple[Tensor, Tensor, int]:
@@ -163,6 +200,36 @@ def _ask(mask: BlockMask, tiles: Tiles, heads: int) -> Tensor:
         return out.bool().cpu()
 
     return allowed_words(tiles, allows)
+
+
+def to_dense(layout: BlockLayout, head: int, batch: int) -> Tensor:
+    """See :meth:`BlockLayout.to_dense`."""
+    if not (0 <= head < layout.heads and 0 <= batch < layout.batch):
+        raise LayoutError(
+            explain(
+                "to_dense(head, batch)",
+                expected=f"head below {layout.heads} and batch below {layout.batch}",
+                got=(head, batch),
+                fix="A layout shared by all heads has the one head 0.",
+            )
+        )
+    start = (batch * layout.heads + head) * layout.q_blocks
+    bounds = layout.indptr[start : start + layout.q_blocks + 1].long()
+    first, end = int(bounds[0]), int(bounds[-1])
+    rows = torch.arange(layout.q_blocks, device=layout.device)
+    row = rows.repeat_interleave(bounds.diff(), output_size=end - first)
+    ids = layout.mask_ids[first:end].long()
+    whole = torch.ones((1, layout.block_q, layout.block_k), dtype=torch.bool, device=layout.device)
+    bits = torch.cat((unpack(layout.masks, layout.block_k), whole))
+    out = torch.zeros(
+        (layout.q_blocks, layout.k_blocks, layout.block_q, layout.block_k),
+        dtype=torch.bool,
+        device=layout.device,
+    )
+    # FULL is −1, which picks the all-ones tile at the end.
+    out[row, layout.indices[first:end].long()] = bits[ids]
+    dense = out.transpose(1, 2).reshape(layout.q_blocks * layout.block_q, layout.k_blocks * layout.block_k)
+    return dense[: layout.q_len, : layout.k_len]
 
 
 def to_flex(layout: BlockLayout) -> BlockMask:

@@ -53,7 +53,7 @@ class Schedule:
             ``slot`` is −1 for a row of one item, else where the item puts its part. ``first`` is
             ``others[start]`` (0 if the item is empty), so that a program need not wait for ``start``. Row −1:
             nothing to do. Every row has an item, even if it is empty. Items of one layout head stay together,
-            longest first.
+            longest first; in the order of their rows where no row of learned indices is longer than an item.
         splits: ``[3, m]``: row, first slot and number of slots (consecutive) of each row of several items.
             0 slots: nothing to do.
         others: ``[capacity]`` int32. Key block (for columns: query block) of each entry, whole tiles first in
