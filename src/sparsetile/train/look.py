@@ -34,7 +34,9 @@ def show(console: Console, checkpoint: str, text: str, length: int | None, png: 
     model, trained = load_model(Path(checkpoint))
     block, context = trained["adaptive"]["block_size"], trained["context"]
     views, count = look(model, read_text(Path(text), context if length is None else length, block))
-    console.print(f"{text}: {count:,} bytes through {checkpoint}, in tiles of {block}", soft_wrap=True)
+    console.print(
+        f"{text}: {count:,} bytes through {checkpoint}, in tiles of {block}", soft_wrap=True, markup=False
+    )
     console.print(recall_table(views))
     path = Path(checkpoint).with_suffix(".png") if png is None else Path(png)
     try:
@@ -42,9 +44,9 @@ def show(console: Console, checkpoint: str, text: str, length: int | None, png: 
     except ArgumentError as missing:
         if png is not None:
             raise
-        console.print(f"No picture. {missing}", soft_wrap=True)
+        console.print(f"No picture. {missing}", soft_wrap=True, markup=False)
     else:
-        console.print(f"wrote {path}", soft_wrap=True)
+        console.print(f"wrote {path}", soft_wrap=True, markup=False)
 
 
 def load_model(path: Path) -> tuple[Model, dict[str, Any]]:
