@@ -58,7 +58,9 @@ def test_show_draws_what_a_run_trained_with(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "words"),
     [("{", "broken"), ('{"arms": []}', "settings"), ('{"arms": [], "settings": {"context": 9, "block": 64, '
-      '"model": {"heads": 2, "width": 64}}}', "dense only")],
+      '"model": {"heads": 2, "width": 64}}}', "dense only"),
+     ('{"arms": [{"attention": "adaptive(base_sparsity=0.75)"}], "settings": {"context": 9, "block": 64, '
+      '"model": {"heads": 2, "width": 64}}}', "show --adaptive")],
 )  # fmt: skip
 def test_show_says_what_is_wrong_with_a_run(tmp_path, capsys, content, words):
     (tmp_path / "train.json").write_text(content)
@@ -106,6 +108,10 @@ SHOW = ["show", "Local(8)", "--length", "64"]
         (["show", "Local(8)"], 2, "--length"),
         (["show", "Local(8)", "--run", "runs"], 2, "--run"),
         (["show", "--run", "no/such/folder"], 1, "no/such/folder"),
+        (["show", "Local(8)", "--adaptive", "run.pt", "--text", "a.txt"], 2, "--text, PATTERN"),
+        (["show", "--adaptive", "run.pt", "--text", "a.txt", "--block", "64"], 2, "--block"),
+        (["show", "--adaptive", "run.pt"], 2, "--text FILE"),
+        (["show", "--adaptive", "run.pt", "--text", "a.txt"], 1, "run.pt"),
         (["show", "Local(8)", "--length", "0"], 2, "expected 1 to 1,099,511,627,776 tokens"),
         (["show", "Local(8)", "--length", "9" * 30], 2, "expected 1 to 1,099,511,627,776 tokens"),
         (["show", "Local(8)", "--length", "many"], 2, "like 4096, 64K or 1M"),

@@ -9,9 +9,18 @@ import torch
 import torch.nn.functional as F
 
 from sparsetile.errors import PatternError
+from sparsetile.nn.adaptive import AdaptiveConfig
 from sparsetile.patterns import Causal, parse_pattern
-from sparsetile.train.arms import Arm, attention_of, compared, default_pattern, window_of
-from sparsetile.train.model import ModelConfig
+from sparsetile.train.arms import (
+    Arm,
+    attention_of,
+    attention_of_learned,
+    compared,
+    default_pattern,
+    named,
+    window_of,
+)
+from sparsetile.train.model import Model, ModelConfig
 
 SEED = random.SystemRandom().randrange(1 << 32)
 MODEL = ModelConfig(1, 64, 4, 2)
@@ -50,6 +59,32 @@ def test_a_comparison_is_the_pattern_dense_and_its_window() -> None:
     assert window_of(parse_pattern("(Global(3) | Local(7)) & Causal()")) == 7
     with pytest.raises(PatternError, match="Local"):
         compared("Global(16)", 4096, 4, 64)
+
+
+def test_arms_by_name_are_those_of_a_comparison_and_one_that_learns() -> None:
+    config = AdaptiveConfig(0.75, block_size=64, distillation="kept")
+    fixed = compared("Local(40) | Strided(256)", 4096, 4, 64)
+    arms = named(["adaptive", "window", "dense", "pattern"], "Local(40) | Strided(256)", 4096, 4, 64, config)
+    assert [arms[3], arms[2], arms[1]] == fixed and all(arm.adaptive is None for arm in fixed)
+    assert arms[0] == Arm("adaptive", "adaptive(base_sparsity=0.75, distillation='kept')", config)
+    # A window needs a Local part, a pattern alone does not.
+    assert named(["pattern"], "Global(16)", 4096, 4, 64, config) == [Arm("pattern", "Global(16)")]
+    assert named(["pattern"], "dense", 4096, 4, 64, config)[0].attention == default_pattern(4096, 4, 64)
+    with pytest.raises(PatternError, match="Local"):
+        named(["window"], "Global(16)", 4096, 4, 64, config)
+    with pytest.raises(PatternError):
+        named(["pattern"], "Local(", 4096, 4, 64, config)
+
+
+def test_each_layer_that_learns_has_an_attention_of_its_own() -> None:
+    torch.manual_seed(SEED)
+    model = Model(ModelConfig(2, 64, 4, 2), AdaptiveConfig(0.6, block_size=16)).eval()
+    q, k, v = torch.randn(1, 4, 130, 16), *torch.randn(2, 1, 2, 130, 16)
+    outs = [attend(q, k, v) for attend in attention_of_learned(model)]
+    for out, learned in zip(outs, model.learned, strict=True):
+        want = learned(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+        assert torch.equal(out, want.transpose(1, 2)), SEED
+    assert not torch.equal(*outs)
 
 
 @pytest.mark.parametrize("text", ["Local(20) | Strided(64, head_shift=16)", "Local(33)", "dense"])

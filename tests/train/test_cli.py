@@ -12,6 +12,7 @@ import pytest
 from sparsetile.cli import main
 from sparsetile.train.arms import Arm
 from sparsetile.train.data import load_corpus
+from sparsetile.train.look import load_model
 from sparsetile.train.loop import Settings, train
 
 SIZES = {"context": 704, "layers": 1, "width": 32, "heads": 2, "kv-heads": 1, "block": 16, "batch": 1}
@@ -95,6 +96,26 @@ def test_a_checkpoint_goes_on_where_it_ended(
     assert [arm["steps"] for arm in longer] == [5, 5, 5]
 
 
+def test_arms_by_name(book: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsetile.train.cli.trained", inline)
+    arguments = ["--data", book, "--out", str(tmp_path), "--steps", "2", *TINY]
+    checkpoint = ["--checkpoint", str(tmp_path / "run.pt")]
+    more = ["--sparsity", "0.5", "--distillation", "sampled", *checkpoint]
+    assert main(["train", "--arms", "adaptive,dense", *arguments, *more]) == 0
+    run = json.loads((tmp_path / "train.json").read_text())
+    assert [arm["attention"] for arm in run["arms"]] == [
+        "adaptive(base_sparsity=0.5, distillation='sampled')",
+        "dense",
+    ]
+    assert run["arms"][0]["density"] == pytest.approx(0.51, abs=0.02)
+    assert {path.name for path in tmp_path.glob("*.pt")} == {"run-adaptive.pt", "run-dense.pt"}
+    # What was saved is what `show --adaptive` reads.
+    load_model(tmp_path / "run-adaptive.pt")
+    assert main(["train", "--arms", "adaptive", *arguments]) == 0
+    (arm,) = json.loads((tmp_path / "train.json").read_text())["arms"]
+    assert arm["attention"] == "adaptive(base_sparsity=0.75, distillation='kept')"
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -111,6 +132,13 @@ def test_a_checkpoint_goes_on_where_it_ended(
         (["--minutes", "0"], "--minutes"),
         (["--steps", "10", "--equal-time"], "--equal-time"),
         (["--block", "24"], "--block"),
+        (["--arms", "dense,learned"], "pattern, dense, window, adaptive"),
+        (["--arms", "dense,dense"], "once each"),
+        (["--arms", "dense", "--compare"], "--compare"),
+        (["--arms", "adaptive", "--attention", "Local(16)"], "--attention"),
+        (["--arms", "adaptive", "--sparsity", "1"], "base_sparsity"),
+        (["--arms", "dense", "--sparsity", "0.5"], "--arms adaptive"),
+        (["--distillation", "kept"], "--arms adaptive"),
     ],
 )
 def test_bad_input_is_one_line_and_no_success(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sparsetile.errors import CheckpointError
+from sparsetile.nn.adaptive import AdaptiveConfig
 from sparsetile.train.arms import Arm
 from sparsetile.train.checkpoint import load_checkpoint
 from sparsetile.train.data import Corpus, Planting
@@ -19,6 +20,11 @@ from sparsetile.train.model import ModelConfig
 
 SEED = random.SystemRandom().randrange(1 << 32)
 PATTERN = Arm("pattern", "Local(16) | Strided(32, head_shift=16)")
+LEARNED = Arm(
+    "adaptive",
+    "adaptive(…)",
+    AdaptiveConfig(0.6, learnable_temperature=True, block_size=16, distillation="kept"),
+)
 SETTINGS = Settings(
     model=ModelConfig(1, 32, 2, 1),
     context=256,
@@ -52,13 +58,16 @@ def run(settings: Settings, corpus: Corpus, arm: Arm = PATTERN, **more: Any) -> 
     return result
 
 
-def test_two_halves_with_a_resume_between_are_the_whole_bit_by_bit(corpus: Corpus, tmp_path: Path) -> None:
-    whole = run(replace(SETTINGS, checkpoint=str(tmp_path / "whole.pt")), corpus)
+@pytest.mark.parametrize("arm", [PATTERN, LEARNED], ids=["pattern", "adaptive"])
+def test_two_halves_with_a_resume_between_are_the_whole_bit_by_bit(
+    corpus: Corpus, tmp_path: Path, arm: Arm
+) -> None:
+    whole = run(replace(SETTINGS, checkpoint=str(tmp_path / "whole.pt")), corpus, arm)
     parts = replace(SETTINGS, checkpoint=str(tmp_path / "parts.pt"))
     # The first half makes one held-out check more, at its end, and saves before that.
-    run(parts, corpus, stop_after=10)
+    run(parts, corpus, arm, stop_after=10)
     torch.manual_seed(SEED + 1)
-    resumed = run(replace(parts, resume=True, steps=None), corpus)
+    resumed = run(replace(parts, resume=True, steps=None), corpus, arm)
     assert resumed == whole
     a, b = (load_checkpoint(tmp_path / f"{name}.pt") for name in ("whole", "parts"))
     assert a["model"].keys() == b["model"].keys()
@@ -75,11 +84,12 @@ def test_runs_of_one_seed_are_equal_and_of_another_not(corpus: Corpus) -> None:
 
 
 def test_every_arm_sees_the_same_data_from_the_same_start(corpus: Corpus) -> None:
-    arms = [PATTERN, Arm("dense", "dense"), Arm("window alone", "Local(16)")]
+    arms = [PATTERN, Arm("dense", "dense"), Arm("window alone", "Local(16)"), LEARNED]
     trainers = [Trainer(arm, SETTINGS, corpus) for arm in arms]
     first = trainers[0].model.state_dict()
     for trainer in trainers[1:]:
-        assert all(torch.equal(first[name], value) for name, value in trainer.model.state_dict().items())
+        theirs = trainer.model.state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in first.items())
         ours, theirs = trainer.sequences.training(5, 2), trainers[0].sequences.training(5, 2)
         assert torch.equal(ours.tokens, theirs.tokens)
 
@@ -93,6 +103,32 @@ def test_training_lowers_the_held_out_bits(corpus: Corpus) -> None:
     assert steps[-1]["progress"] == 1.0 and steps[-1]["tokens_per_second"] > 0
     assert len([event for event in events if event["event"] == "check"]) == 8 == len(result["checks"])
     assert result["steps"] == 40 and 0 < result["density"] < 1
+
+
+@pytest.mark.parametrize("distillation", ["none", "kept", "sampled"])
+def test_what_chooses_tiles_is_trained_and_judged_without_noise(corpus: Corpus, distillation: str) -> None:
+    assert LEARNED.adaptive is not None
+    arm = replace(LEARNED, adaptive=replace(LEARNED.adaptive, distillation=distillation))
+    trainer = Trainer(arm, replace(SETTINGS, model=ModelConfig(2, 32, 2, 1)), corpus)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    for _ in range(3):
+        trainer.train_step()
+    moved = {
+        name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert moved >= {name for name in before if name.startswith("learned.")}, SEED
+    # The generator moves between the two: nothing is drawn for held-out text.
+    assert trainer.held_out(2) == trainer.held_out(2)
+    assert all(module.training for module in trainer.learned)
+    # 16 rows of at most 16 tiles: ⌊0.4·t + ½⌋ of them, at least one.
+    assert trainer.density() == pytest.approx(sum(max(1, int(0.4 * t + 0.5)) for t in range(1, 17)) / 136)
+
+
+def test_a_trial_step_draws_nothing(corpus: Corpus) -> None:
+    trainer = Trainer(LEARNED, SETTINGS, corpus)
+    state = torch.get_rng_state()
+    trainer._try_step()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_equal_time_ends_by_the_clock_of_training(corpus: Corpus) -> None:
@@ -129,6 +165,8 @@ def test_a_checkpoint_of_another_run_is_refused(
         run(replace(saved, resume=True, **change), corpus)
     with pytest.raises(CheckpointError, match="attention dense"):
         run(replace(saved, resume=True), corpus, Arm("dense", "dense"))
+    with pytest.raises(CheckpointError, match=r"expected attention adaptive.*got attention Local\(16\)"):
+        run(replace(saved, resume=True), corpus, LEARNED)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(corpus: Corpus) -> None:

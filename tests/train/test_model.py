@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsetile.errors import ArgumentError
+from sparsetile.nn.adaptive import AdaptiveConfig
+from sparsetile.train.arms import attention_of_learned
 from sparsetile.train.model import KEY_TAPS, QUERY_TAPS, Model, ModelConfig, rope_tables, rotate, shift
 
 SEED = random.SystemRandom().randrange(1 << 32)
@@ -58,6 +60,34 @@ def test_no_byte_changes_what_is_said_before_it() -> None:
     with torch.no_grad():
         a, b = model(tokens, causal), model(other, causal)
     assert torch.equal(a[:, :at], b[:, :at]) and not torch.equal(a[:, at], b[:, at]), SEED
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_learned_tiles_know_nothing_of_what_comes_after(training: bool) -> None:
+    torch.manual_seed(SEED)
+    model = Model(ModelConfig(2, 64, 4, 2), AdaptiveConfig(0.6, block_size=16)).train(training)
+    attend = attention_of_learned(model)
+    tokens = torch.randint(0, 256, (1, 130))
+    at = random.Random(SEED).randrange(1, 130)
+    other = tokens.clone()
+    other[0, at:] = torch.randint(0, 256, (130 - at,))
+    other[0, at] = (tokens[0, at] + 1) % 256
+    outs = []
+    for text in (tokens, other):
+        torch.manual_seed(SEED)
+        outs.append(model(text, attend))
+    assert torch.equal(outs[0][:, :at], outs[1][:, :at]), SEED
+    assert not torch.equal(outs[0][:, at], outs[1][:, at])
+
+
+def test_a_model_that_learns_its_tiles_starts_as_one_that_does_not() -> None:
+    models = []
+    for adaptive in (None, AdaptiveConfig(0.6, block_size=16)):
+        torch.manual_seed(SEED)
+        models.append(Model(ModelConfig(2, 64, 4, 2), adaptive))
+    plain, learns = (model.state_dict() for model in models)
+    assert all(torch.equal(value, learns[name]) for name, value in plain.items())
+    assert learns.keys() - plain.keys() == {name for name in learns if name.startswith("learned.")}
 
 
 def test_every_parameter_gets_a_gradient_within_two_steps() -> None:
