@@ -124,7 +124,9 @@ def _summarised(
     x: Tensor, block: int, tokens: int, pooling: str, padding: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(x to go on with, summaries of the first ``tokens`` tokens of each tile: 1, or ``block``)."""
-    if pooling == "mean" and padding is None and x.requires_grad and torch.is_grad_enabled():
+    differentiable = x.requires_grad and torch.is_grad_enabled()
+    # A compiler joins the two gradients itself, and one of torch 2.11's loses what is added in place.
+    if pooling == "mean" and padding is None and differentiable and not torch.compiler.is_compiling():
         return means_beside(x, block, tokens)
     if tokens == block:
         return x, tile_summaries(x, block, pooling=pooling, padding=padding)
