@@ -122,7 +122,9 @@ def save_grid(views: Sequence[TileView], path: str | Path, *, block: int, length
             )
             for lines, part in ((_outline(view.kept[head]), 1.0), (_strokes(view.kept[head]), 0.5)):
                 axes.add_collection(LineCollection(lines, colors=_KEPT_COLOUR, linewidths=part * width))
-            axes.set_title(f"head {head + 1}: {recall[head]:.1%} (best {best[head]:.1%})", fontsize=8.5)
+            axes.set_title(
+                f"head {head + 1}: recall {recall[head]:.1%} (best {best[head]:.1%})", fontsize=2.8 * edge
+            )
             axes.tick_params(labelsize=7.5)
             axes.spines[:].set_visible(False)
         panels[layer, 0].set_ylabel(f"layer {layer + 1}\nquery", fontsize=9)
