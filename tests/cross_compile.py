@@ -35,7 +35,8 @@ _NAMES = {
 
 def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict[str, Any]) -> Any:
     """The launch that a small call makes. Options: ``block``, ``whole`` (no partial tiles), ``short``
-    (at most two tiles a row), ``featured``; of ``topk``, whose head_dim is hidden: see ``selection_of``."""
+    (at most two tiles a row), ``biased`` (a tile bias alone), ``featured`` (everything, with GQA); of
+    ``topk``, whose head_dim is hidden: see ``selection_of``."""
     from sparsetile.kernels import triton_launch
     from sparsetile.kernels.request import Request
     from sparsetile.kernels.triton_config import Target
@@ -46,10 +47,11 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
     mask = torch.ones(1, 1, length, length, dtype=torch.bool)
     layout = BlockLayout.from_dense_mask(mask if options.get("whole") else mask.tril(), block)
     featured = options.get("featured", False)
+    biased = featured or options.get("biased", False)
     q = torch.zeros(1, heads, length, head_dim, dtype=getattr(torch, dtype))
     k = q[:, : heads // 2] if featured else q
     statistic = torch.zeros(1, heads, length)
-    tile = torch.zeros(1, 1, layout.capacity) if featured else None
+    tile = torch.zeros(1, 1, layout.capacity) if biased else None
     request = Request(
         layout,
         0.1,
@@ -66,7 +68,7 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
         return triton_launch.forward_launches(q, k, k, q, statistic, request, on)[0]
     if kernel in ("delta", "backward"):
         parts = triton_launch.tile_grad_parts(layout)
-        tile_grad = torch.zeros(parts, 1, heads, layout.capacity) if featured else None
+        tile_grad = torch.zeros(parts, 1, heads, layout.capacity) if biased else None
         bias_grad = torch.zeros(1, heads, length, length) if featured else None
         saved = (q, statistic, q, statistic if featured else None)
         arguments = (q, k, k, *saved, q, k, k, tile_grad, bias_grad, request, on)
@@ -76,7 +78,7 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
 
 def selection_of(hidden: int, dtype: torch.dtype, options: dict[str, Any]) -> Any:
     """The launch of ``topk_rows``. Options: ``k``, ``tiles`` (of queries and of keys), ``featured`` (noise, a
-    learned temperature, the sink and a mask)."""
+    learned temperature, the sink and a mask), ``level`` of two: 1 over runs, 2 over their tiles."""
     from sparsetile.kernels import triton_select
 
     k, tiles, featured = options.get("k", 16), options.get("tiles", 1024), options.get("featured", False)
@@ -85,9 +87,11 @@ def selection_of(hidden: int, dtype: torch.dtype, options: dict[str, Any]) -> An
     given = (weight, weight[:, 0], torch.ones(32)) if featured else (weight, None, 1.0)
     noise, valid = (seed, torch.ones(1, tiles, dtype=torch.bool)) if featured else (None, None)
     out = torch.zeros(1, 32, tiles, k, dtype=torch.int32), torch.zeros(1, 32, tiles, k)
+    level = options.get("level", 0)
+    within = torch.zeros(1, 32, tiles, 32, dtype=torch.int32) if level == 2 else None
     return triton_select.launch(
-        rows, rows, *given, noise, valid, *out,
-        is_causal=True, offset=0, block=128, own=True, sink=featured,
+        rows, rows, *given, noise, valid, within, *out, 0, 128, 16 if level else 1,
+        is_causal=True, own=True, sink=featured,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from oracle import check, random_case, relative_error, run
 from sparsetile.kernels import triton_backend
 from sparsetile.kernels.triton_backward import turn_of
-from sparsetile.kernels.triton_config import Pair, Target, override
+from sparsetile.kernels.triton_config import Pair, Target, Tiles, override
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.schedule import Direction, schedule
 
@@ -86,6 +86,44 @@ def test_split_rows_and_columns(features: set[str]) -> None:
     case = random_case(block=16, q_len=40, k_len=50, heads=2, head_dim=16, features=features)
     with override(chunk=1):
         check(triton_backend, case)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    ("features", "chunk"),
+    [({"gqa"}, 1), ({"per_head", "lse"}, 2), ({"per_batch", "padding"}, 9), ({"attn_bias"}, 3)],
+)
+def test_tile_bias_of_minus_infinity(features: set[str], chunk: int, whole: bool) -> None:
+    """Such a tile is as good as not kept. Tiles of one or of two steps, in items of 1 … 9 tiles; where all
+    tiles are whole, a row's biases stand in its own order."""
+    batch, length = 2 if "per_batch" in features else 1, 96 if whole else 83
+    shape = (batch, 2 if "per_head" in features else 1, 3, 3)
+    mask = (torch.rand(shape) < 0.7).repeat_interleave(32, 2).repeat_interleave(32, 3) if whole else None
+    sizes = {"block": 32, "q_len": length, "head_dim": 16, "batch": batch, "heads": 2}
+    case = random_case(**sizes, features=features | {"tile_bias"}, mask=mask)
+    assert case.tile_bias is not None and (case.layout.masks.shape[0] == 0) == whole
+    case.tile_bias[torch.rand(case.tile_bias.shape) < 0.4] = -math.inf
+    steps = Pair((32, 16), (16, 32), 4, 1) if chunk % 2 else Pair((32, 32), (32, 32), 4, 1)
+    with override(backward=steps, chunk=chunk):
+        check(triton_backend, case)
+
+
+@pytest.mark.parametrize("keys", [16, 32])
+def test_tile_bias_of_tiles_that_a_model_chose(keys: int) -> None:
+    """``from_topk``, causal: a layout a head, with room for more entries than it has tiles; every row's whole
+    tiles are followed by its diagonal. Tiles of two steps and of one."""
+    length, heads, blocks = 150, 2, 5
+    order = torch.rand(1, heads, blocks, blocks)
+    order.diagonal(dim1=2, dim2=3).fill_(2)
+    chosen = order.argsort(-1, descending=True)[..., :4]
+    chosen[:, 0, 0] = -1  # a row without tiles
+    chosen[:, 1, 3, 1] = -1
+    layout = BlockLayout.from_topk(chosen, length, length, 32, is_causal=True)
+    mask = torch.stack([layout.to_dense(head) for head in range(heads)])[None]
+    case = random_case(block=32, q_len=length, batch=1, heads=heads, head_dim=16, mask=mask, features={"lse"})
+    bias = torch.nn.functional.logsigmoid(3 * torch.randn(1, 1, layout.capacity))
+    with override(forward=Tiles(32, keys, 4, 1), backward=Pair((32, keys), (keys, 32), 4, 1)):
+        check(triton_backend, replace(case, layout=layout, tile_bias=bias))
 
 
 def test_layouts_counted_in_int64() -> None:

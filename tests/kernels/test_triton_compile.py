@@ -70,6 +70,25 @@ def test_hopper_choices_for_whole_tiles_and_short_rows_do_not_spill() -> None:
     assert not [r for r in results if r["spilled"]], results
 
 
+def test_a_tile_bias_keeps_the_shapes_and_does_not_spill() -> None:
+    """The tiles are those of the call without it, and no byte of shared memory comes on top: the sums of its
+    gradient stay within a warp."""
+    results = compile_all(
+        [
+            ["backward", 128, "bfloat16", "sm_90", {}],
+            ["backward", 128, "bfloat16", "sm_90", {"biased": True}],
+            ["backward", 128, "bfloat16", "sm_90", {"biased": True, "whole": True}],
+            ["backward", 64, "bfloat16", "sm_90", {"biased": True}],
+            ["forward", 64, "bfloat16", "sm_90", {"biased": True, "whole": True}],
+            ["forward", 128, "bfloat16", "sm_90", {"biased": True}],
+        ]
+    )
+    assert_fit(results)
+    assert not [r for r in results if r["spilled"]], results
+    plain, biased = results[:2]
+    assert biased["tiles"] == plain["tiles"] and biased["shared"] == plain["shared"], results
+
+
 def test_other_targets_features_and_blocks() -> None:
     """A sample in which every target, kernel, dtype, head_dim and block size occurs."""
     results = compile_all(
@@ -111,6 +130,8 @@ def test_selection_fits_and_does_not_spill() -> None:
             ["topk", 64, "bfloat16", "sm_80", {"k": 32}],
             ["topk", 32, "float32", "gfx942", {"k": 16, **featured}],
             ["topk", 64, "bfloat16", "gfx942", {"k": 32}],
+            ["topk", 64, "float32", "sm_90", {"k": 32, "level": 2, **featured}],
+            ["topk", 64, "bfloat16", "sm_80", {"k": 32, "level": 2, **featured}],
         ]
     )
     assert_fit(results)

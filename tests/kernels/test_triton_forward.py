@@ -170,6 +170,22 @@ def test_compute_tiles_smaller_than_layout_tiles() -> None:
         check(triton_backend, case)
 
 
+@pytest.mark.parametrize("shift", [-1e9, -1e30, 1e9])
+def test_a_great_bias_of_a_lone_tile_leaves_the_output(shift: float) -> None:
+    """In fp32 it swallows the scores, here of some hundreds; softmax does not see it."""
+    mask = torch.eye(3, dtype=torch.bool)[None, None].repeat_interleave(32, 2).repeat_interleave(32, 3)
+    mask = mask[..., :70, :70] & (torch.rand(70, 70) < 0.9)
+    case = random_case(block=32, q_len=70, batch=1, heads=2, head_dim=16, mask=mask, features={"tile_bias"})
+    assert case.tile_bias is not None
+    case = replace(case, q=60 * case.q, tile_bias=torch.zeros_like(case.tile_bias))
+    expected = case.expected()
+    out, lse = triton_backend.forward(
+        case.q, case.k, case.v, replace(case, tile_bias=case.tile_bias + shift).request()
+    )
+    assert relative_error(out, expected["out"]) <= 1e-4, case.describe()
+    assert relative_error(lse, expected["lse"] + shift) <= 1e-6, case.describe()
+
+
 def test_tiles_never_exceed_the_layout() -> None:
     hopper = Target("hopper", 132)
     tiles = forward_tiles(hopper, 2, 128, 16, 32, "whole")
