@@ -75,6 +75,10 @@ def test_the_table_has_a_column_for_each_arm_and_fits_a_narrow_terminal() -> Non
             three(0.42, 0.40, 7.1),
             ["1.50× the speed", "25.0% of its tiles", "dense 0.400: 5.0% more", "beyond"],
         ),
+        (
+            [result("adaptive", 0.5, 800.0), *three(0.42, 0.40, 7.1)],
+            ["The adaptive arm trains at 0.80×", "the adaptive arm pays 0.500", "the pattern pays 0.420"],
+        ),
         (three(6.0, 0.40, 7.1), ["not yet learned, though within its reach"]),
         (three(6.9, 6.8, 7.1), ["says nothing about reach"]),
         (three(0.4, 0.4, 0.5), ["should not be able to"]),

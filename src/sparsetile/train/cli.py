@@ -119,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--checkpoint",
         metavar="FILE",
-        help="save here every 30 s and at the end (--compare: one file an arm)",
+        help="save here every 30 s and at the end (several arms: one file an arm)",
     )
     add("--resume", action="store_true", help="go on from --checkpoint")
     add(
@@ -276,7 +276,7 @@ def _planting(
     far = model.layers * (window + 3) + 2
     asked = Planting(_SPAN, far, _PLANTED if args.plant is None else args.plant)
     # Where nobody asked for repeats, nothing is compared and they have no room, there are none.
-    left_out = args.plant == 0 or (args.plant is None and not args.compare and not asked.fits(context))
+    left_out = args.plant == 0 or (args.plant is None and len(arms) == 1 and not asked.fits(context))
     planting = None if left_out else asked
     Sequences(corpus, context, args.seed, planting)
     return planting

@@ -60,29 +60,32 @@ def sentences(results: list[dict[str, Any]]) -> list[str]:
     """What the numbers of a comparison say, and no more."""
     arms = {r["name"]: r for r in results if "failed" not in r}
     said = [f"{r['name']}: no result ({r['failed']})." for r in results if "failed" in r]
-    pattern, dense, window = (arms.get(name) for name in ("pattern", "dense", "window alone"))
-    if pattern and dense:
-        speed = pattern["tokens_per_second"] / dense["tokens_per_second"]
+    dense, window = (arms.get(name) for name in ("dense", "window alone"))
+    subjects = {"pattern": "The pattern", "adaptive": "The adaptive arm"}
+    sparse = [(subjects[name], arms[name]) for name in subjects if name in arms]
+    for subject, arm in sparse if dense else []:
+        assert dense is not None
+        speed = arm["tokens_per_second"] / dense["tokens_per_second"]
         said.append(
-            f"The pattern trains at {speed:.2f}× the speed of dense attention and computes "
-            f"{pattern['density']:.1%} of its tiles."
+            f"{subject} trains at {speed:.2f}× the speed of dense attention and computes "
+            f"{arm['density']:.1%} of its tiles."
         )
-    if pattern and dense and "copy" in dense["held_out"]:
-        ours, theirs = pattern["held_out"]["copy"], dense["held_out"]["copy"]
+    if sparse and dense and "copy" in dense["held_out"]:
+        theirs = dense["held_out"]["copy"]
         if theirs > _LEARNED:
             said.append(
                 f"Far repeats: dense attention has not yet learned to copy ({theirs:.2f} bits per byte; a "
                 f"guess costs {RANDOM_BITS:.0f}), so this run says nothing about reach. Train longer: "
                 "--minutes or --steps."
             )
-        else:
+            sparse = []
+        for subject, arm in sparse:
+            ours, who = arm["held_out"]["copy"], subject.lower()
             more = ours / theirs - 1
             verdict = f"{abs(more):.1%} {'more' if more > 0 else 'less'}"
             if ours > _LEARNED:
                 verdict = "not yet learned, though within its reach"
-            said.append(
-                f"Far repeats: the pattern pays {ours:.3f} bits per byte, dense {theirs:.3f}: {verdict}."
-            )
+            said.append(f"Far repeats: {who} pays {ours:.3f} bits per byte, dense {theirs:.3f}: {verdict}.")
     if window and "copy" in window["held_out"]:
         bits = window["held_out"]["copy"]
         said.append(
