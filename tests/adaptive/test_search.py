@@ -75,8 +75,8 @@ def test_search_is_the_definition(
         patch.setattr(search, "LEAST_RUNS", least)
         patch.setattr(search, "_CHUNK_TERMS", random.choice([1, 2**14]))
         got = two_level_tiles(
-            scorer, features, k, limit, is_causal=is_causal, temperature=2.0, noise=noise, sink=sink,
-            valid_keys=valid, **where,
+            scorer, features, k, limit, is_causal=is_causal, temperature=torch.tensor(2.0), noise=noise,
+            sink=sink, valid_keys=valid, **where,
         )  # fmt: skip
     assert got.dtype == torch.int32 and got.shape == (2, 2, nq, k)
     count = -(-nk // span)
@@ -127,8 +127,8 @@ def test_rows_of_up_to_512_tiles_are_searched_in_full(is_causal):
     nk = 700 if is_causal else 512
     features = whole(scorer, rng, (1, 2), nk, nk)
     where = {
-        "is_causal": is_causal, "offset_tokens": 0, "block": 128, "noise": torch.tensor([seed]),
-        "valid_keys": torch.rand(1, nk, generator=rng) < 0.9, "sink": True,
+        "is_causal": is_causal, "offset_tokens": 0, "block": 128, "temperature": torch.tensor(1.0),
+        "noise": torch.tensor([seed]), "valid_keys": torch.rand(1, nk, generator=rng) < 0.9, "sink": True,
     }  # fmt: skip
     limit = torch.full((nk,), 9)
     two = two_level_tiles(scorer, features, 9, limit, **where)
@@ -142,7 +142,7 @@ def test_the_future_and_the_length_change_nothing():
     scorer = ImportanceScorer(5, 8)
     n = 900
     a, b = torch.randn(2, 1, 2, n, 8)
-    where = {"is_causal": True, "offset_tokens": 0, "block": 128}
+    where = {"is_causal": True, "offset_tokens": 0, "block": 128, "temperature": torch.tensor(1.0)}
     limit = torch.full((n,), 7)
     before = two_level_tiles(scorer, Features(a, b), 7, limit, **where)
     assert (before[:, :, 40:] >= 0).all()
@@ -167,11 +167,34 @@ def test_it_finds_most_of_what_the_full_search_does(form):
     for i in range(1, n):
         keys[:, :, i] = 0.97 * keys[:, :, i - 1] + math.sqrt(1 - 0.97**2) * keys[:, :, i]
     features = scorer.features(torch.randn(1, 1, 64, 32), keys)
-    where = {"is_causal": False, "offset_tokens": 0, "block": 128}
+    where = {"is_causal": False, "offset_tokens": 0, "block": 128, "temperature": torch.tensor(1.0)}
     two = two_level_tiles(scorer, features, k, torch.full((64,), k), **where)
     full = select_tiles(lambda *r: scorer.rows(features, *r), (1, 1, 64, n), k, **where).indices
     found = (full[..., None] == two[..., None, :]).any(-1).float().mean().item()
     assert found > 0.85, found
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_kernels_choose_the_same(is_causal, monkeypatch):
+    """One for each level, in the interpreter; sums are exact, so the choice is, too."""
+    pytest.importorskip("triton")
+    draw = fresh()
+    rng = torch.Generator().manual_seed(draw.getrandbits(60))
+    monkeypatch.setattr(search, "LEAST_RUNS", 2)
+    scorer = ImportanceScorer(5, 8)
+    nq, nk = 6, 90
+    features = whole(scorer, rng, (1, 1), nq, nk)
+    # All of a run or none, so that the means of 16 are exact, too; the last has 10 tiles.
+    valid = (torch.rand(1, 6, generator=rng) < 0.8).repeat_interleave(16, 1)[:, :nk]
+    valid[:, 80:] = False
+    limit = torch.randint(1, 5, (nq,), generator=rng)
+    where = {
+        "is_causal": is_causal, "offset_tokens": (nk - nq) * 128 + draw.randrange(128), "block": 128,
+        "temperature": torch.tensor(1.0), "sink": True, "valid_keys": valid,
+    }  # fmt: skip
+    expected = two_level_tiles(scorer, features, 4, limit, **where)
+    monkeypatch.setattr(search, "in_one_kernel", lambda *given: True)
+    assert torch.equal(two_level_tiles(scorer, features, 4, limit, **where), expected)
 
 
 def test_noise_gives_every_tile_its_chance():
@@ -179,7 +202,7 @@ def test_noise_gives_every_tile_its_chance():
     scorer = ImportanceScorer(5, 8)
     n, times = 1024, 400
     features = Features(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, n, 8))
-    where = {"is_causal": False, "offset_tokens": 0, "block": 128}
+    where = {"is_causal": False, "offset_tokens": 0, "block": 128, "temperature": torch.tensor(1.0)}
     seen = torch.zeros(n)
     for step in range(times):
         noise = torch.tensor([seed + step])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsetile.adaptive import ImportanceScorer, gumbel, own_tiles, reach, select_tiles
 from sparsetile.errors import ArgumentError, BackendError
+from sparsetile.kernels.triton_backend import device_problem
 from sparsetile.kernels.triton_select import MOST_KEPT, chosen_rows, topk_rows, why_not
 
 pytest.importorskip("triton")
@@ -255,6 +256,49 @@ def test_strides_do_not_matter() -> None:
         assert torch.equal(got, want), case.note
 
 
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("_", range(6))
+def test_the_two_levels_of_a_search_are_those_of_select_tiles(level: int, _: int) -> None:
+    """Exact sums, so the places must be the same, ties included."""
+    case = drawn(whole=True, own=random.random() < 0.7, nk=random.choice((5, 40, 150)))
+    rng = random.Random(case.note)
+    span, nk, (batch, groups, nq, _hidden) = rng.choice((2, 3, 16)), case.b.shape[2], case.a.shape
+    case.options["span"] = span
+    if level == 1:
+        scores = case.values().float()
+    else:
+        count = -(-nk // span)
+        kept = rng.randint(1, count)
+        runs = torch.rand(batch, groups, nq, count).argsort(-1)[..., :kept]
+        runs = torch.where(torch.rand(runs.shape) < 0.2, -1, runs).int()
+        case.options["within"] = runs.to(DEVICE)
+        tiles = (runs.long()[..., None] * span + torch.arange(span)).flatten(-2)
+        scores = case.values().float().gather(-1, tiles.clamp(0, nk - 1))
+    options = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in case.options.items()}
+    expected = select_tiles(
+        lambda start, stop: scores[:, :, start:stop], (batch, groups, nq, nk), case.k, **options
+    ).indices
+    assert torch.equal(case.run()[0], expected), case.note
+
+
+def test_noise_and_weights_of_groups_in_the_tiles_of_runs() -> None:
+    case = drawn(batch=2, groups=2, nq=9, nk=70, hidden=6, k=12, noise=seed_tensor(), temperature=0.4)
+    runs = torch.rand(2, 2, 9, 5).argsort(-1)[..., :3].int()
+    case.options |= {"span": 16, "within": runs.to(DEVICE)}
+    indices, scores = case.run()
+    values, live = case.values(), indices >= 0
+    assert live.any(), case.note
+    told = values.gather(-1, indices.clamp(min=0).long())
+    torch.testing.assert_close(scores[live].double(), told[live], rtol=0, atol=2e-5, msg=case.note)
+    options = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in case.options.items()}
+    tiles = (runs.long()[..., None] * 16 + torch.arange(16)).flatten(-2).clamp(0, 69)
+    options |= {"noise": None, "temperature": 1.0}
+    picked = values.float().gather(-1, tiles)
+    expected = select_tiles(lambda *r: picked[:, :, slice(*r)], (2, 2, 9, 70), 12, **options).indices
+    # Rounding may swap neighbours whose scores agree to seven digits.
+    assert (indices != expected).float().mean() < 0.02, case.note
+
+
 BAD: list[tuple[str, dict[str, Any]]] = [
     ("a and b", {"b": torch.zeros(1, 2, 4, 5)}),
     ("a and b", {"a": torch.zeros(1, 2, 0, 4)}),
@@ -268,6 +312,9 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("valid_keys", {"valid_keys": torch.ones(2, 4, dtype=torch.bool)}),
     ("w", {"w": torch.zeros(4, device="meta")}),
     ("valid_keys", {"valid_keys": torch.ones(1, 4, dtype=torch.bool, device="meta")}),
+    ("span", {"span": 0}),
+    ("within", {"within": torch.zeros(1, 2, 3, 0, dtype=torch.int32)}),
+    ("within", {"within": torch.zeros(1, 2, 3, 2)}),
 ]
 
 
@@ -289,6 +336,8 @@ def test_what_the_kernel_does_not_serve_is_said_and_refused(monkeypatch: pytest.
     assert "'meta'" in (why_not(x.to("meta"), x.to("meta"), 2) or "")
     with pytest.raises(BackendError, match=r"float64.*select_tiles"):
         topk_rows(x.double(), x.double(), x[0, 0, 0], 2, is_causal=False, offset_tokens=0, block=128)
+    # Answers about a device are kept: ask anew.
+    monkeypatch.setattr("sparsetile.kernels.triton_select.device_problem", device_problem.__wrapped__)
     monkeypatch.setattr("sparsetile.kernels.triton_tiles.INTERPRETED", False)
     assert "on the CPU" in (why_not(x.cpu(), x.cpu(), 2) or "")
     monkeypatch.setattr("sparsetile.kernels.triton_backend.import_problem", lambda: "no Triton")

@@ -11,10 +11,10 @@ from torch import Tensor
 from sparsetile.adaptive.config import AdaptiveConfig
 from sparsetile.adaptive.places import Places
 from sparsetile.adaptive.scorer import ImportanceScorer
-from sparsetile.adaptive.search import two_level_tiles
+from sparsetile.adaptive.search import in_one_kernel, two_level_tiles
 from sparsetile.adaptive.seen import Seen
 from sparsetile.adaptive.select import at_most, select_tiles
-from sparsetile.kernels.triton_select import MOST_KEPT, chosen_rows
+from sparsetile.kernels.triton_select import chosen_rows
 from sparsetile.patterns.budget import tiles_for
 
 
@@ -68,12 +68,10 @@ def choose_tiles(
         "sink": config.sink,
         "valid_keys": seen.valid,
     }
-    a, b, _ = seen.features
-    fused = scorer.form == "mlp" and config.selection == "top_k" and not hide
     if config.search_for(nk) == "two_level":
         indices = two_level_tiles(scorer, seen.features, most, options["limit"], **where)
-    elif fused and a.device.type == "cuda" and a.dtype == torch.float32 and most <= MOST_KEPT:
-        # The same choice without the scores in memory, up to the order in which a score's terms are added.
+    elif config.selection == "top_k" and not hide and in_one_kernel(scorer, seen.features, most):
+        a, b, _ = seen.features
         indices = at_most(chosen_rows(a, b, scorer.output_weight, most, **where), options["limit"])
     else:
         indices = select_tiles(rows, seen.shape, most, **where, **options).indices

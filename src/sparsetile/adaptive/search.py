@@ -27,6 +27,7 @@ from torch import Tensor
 from sparsetile.adaptive.scorer import Features, ImportanceScorer
 from sparsetile.adaptive.select import at_most, select_tiles, tiles_of_runs
 from sparsetile.adaptive.summaries import tile_summaries, valid_tiles
+from sparsetile.kernels.triton_select import MOST_KEPT, chosen_rows
 
 SPAN = 16
 """Tiles of a run."""
@@ -53,7 +54,7 @@ def two_level_tiles(
     is_causal: bool,
     offset_tokens: int,
     block: int,
-    temperature: float | Tensor = 1.0,
+    temperature: Tensor,
     noise: Tensor | None = None,
     sink: bool = False,
     valid_keys: Tensor | None = None,
@@ -84,15 +85,22 @@ def two_level_tiles(
     of_runs = features._replace(b=tile_summaries(features.b, SPAN, padding=padding))
     count = of_runs.b.shape[2]
     most = min(max(LEAST_RUNS, _RUNS_PER_TILE * k), count)
-    runs = select_tiles(
-        lambda start, stop: scorer.rows(of_runs, start, stop),
-        (batch, groups, nq, count),
-        most,
-        noise=None if noise is None else noise ^ _OF_RUNS,
-        valid_keys=None if padding is None else valid_tiles(padding, SPAN),
-        limit=(_RUNS_PER_TILE * limit).clamp(min=LEAST_RUNS),
-        **where,
-    ).indices
+    first: dict[str, Any] = {
+        "noise": None if noise is None else noise ^ _OF_RUNS,
+        "valid_keys": None if padding is None else valid_tiles(padding, SPAN),
+    }
+    if in_one_kernel(scorer, features, most):
+        runs = chosen_rows(features.a, of_runs.b, scorer.output_weight, most, **first, **where)
+    else:
+        shape = (batch, groups, nq, count)
+        runs = select_tiles(
+            lambda start, stop: scorer.rows(of_runs, start, stop), shape, most, **first, **where
+        ).indices
+    runs = at_most(runs, (_RUNS_PER_TILE * limit).clamp(min=LEAST_RUNS))
+    second: dict[str, Any] = {"noise": noise, "valid_keys": valid_keys, "within": runs}
+    if in_one_kernel(scorer, features, k):
+        tiles = chosen_rows(features.a, features.b, scorer.output_weight, k, **second, **where)
+        return at_most(tiles, limit)
 
     def rows(start: int, stop: int) -> Tensor:
         column = tiles_of_runs(runs[:, :, start:stop], SPAN).clamp(0, nk - 1)
@@ -101,14 +109,13 @@ def two_level_tiles(
         return scorer.pairs(part, column, dropped=False)
 
     chunk = max(1, _CHUNK_TERMS // (batch * groups * most * SPAN * features.b.shape[3]))
-    tiles = select_tiles(
-        rows,
-        (batch, groups, nq, nk),
-        k,
-        noise=noise,
-        valid_keys=valid_keys,
-        within=runs,
-        chunk=chunk,
-        **where,
-    ).indices
+    tiles = select_tiles(rows, (batch, groups, nq, nk), k, chunk=chunk, **second, **where).indices
     return at_most(tiles, limit)
+
+
+def in_one_kernel(scorer: ImportanceScorer, features: Features, places: int) -> bool:
+    """Whether one Triton kernel scores and chooses: the same choice without the scores in memory, up to the
+    order in which a score's terms are added."""
+    a = features.a
+    serves = a.device.type == "cuda" and a.dtype == torch.float32 and places <= MOST_KEPT
+    return serves and scorer.form == "mlp"

@@ -50,6 +50,8 @@ def topk_rows(
     sink: bool = False,
     own: bool = True,
     valid_keys: Tensor | None = None,
+    span: int = 1,
+    within: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k key tiles that each query tile keeps, by s(i, j) = w0 + Σ_h w_h·ReLU(a_ih + b_jh).
 
@@ -69,6 +71,8 @@ def topk_rows(
         temperature: τ > 0, a number, or a tensor ``[]`` or ``[G]``; without ``noise`` it changes nothing.
         noise: int64 seed ``[1]``; None: no noise.
         valid_keys: bool ``[B, nk]``, False: no row may keep the tile.
+        span, within: the two levels of a search, as in ``select_tiles``: keys are runs of ``span`` tiles, or
+            with int32 ``within`` ``[B, G, nq, S]`` tiles, of which a row may keep those of its S runs.
 
     Returns:
         (indices int32 ``[B, G, nq, k]``, −1 for an unused place; what they were ranked by, fp32 of the same
@@ -79,18 +83,24 @@ def topk_rows(
         BackendError: :func:`why_not` says why the kernel cannot serve the call.
     """
     _check(a, b, w, k, w0, block, temperature, noise, valid_keys)
+    _check_runs(a, span, within)
     problem = why_not(a, b, k, own=own)
     if problem is not None:
         fix = "Call adaptive.select.select_tiles, which needs no kernel."
         raise BackendError(
             explain("topk_rows", expected="a call that the kernel serves", got=problem, fix=fix)
         )
-    places = min(k, b.shape[2] + own)
+    choices = b.shape[2] if within is None else within.shape[-1] * span
+    places = min(k, choices + own)
     indices = torch.empty((*a.shape[:3], places), dtype=torch.int32, device=a.device)
     scores = torch.empty(indices.shape, dtype=torch.float32, device=a.device)
-    given = (a, b, w, w0, temperature, noise, valid_keys, indices, scores)
+    if within is not None:
+        # Of equal scores the lower column goes first, and the kernel takes them as they come.
+        within = within.sort(-1).values
+    given = (a, b, w, w0, temperature, noise, valid_keys, within, indices, scores)
+    where = (offset_tokens, block, span)
     with on_device(a.device):
-        launch(*given, is_causal=is_causal, offset=offset_tokens, block=block, own=own, sink=sink).run()
+        launch(*given, *where, is_causal=is_causal, own=own, sink=sink).run()
     if places < k:
         indices = F.pad(indices, (0, k - places), value=-1)
         scores = F.pad(scores, (0, k - places), value=float("-inf"))
@@ -110,10 +120,12 @@ def chosen_rows(
     noise: Tensor | None,
     sink: bool,
     valid_keys: Tensor | None,
+    span: int = 1,
+    within: Tensor | None = None,
 ) -> Tensor:
     """The indices of :func:`topk_rows`, with the own tile; an operator in a graph that is being compiled."""
     if torch.compiler.is_compiling():
-        given = (k, is_causal, offset_tokens, block, temperature, noise, sink, valid_keys)
+        given = (k, is_causal, offset_tokens, block, temperature, noise, sink, valid_keys, span, within)
         found: Tensor = _operator(a, b, w, *given)
         return found
     return topk_rows(
@@ -128,6 +140,8 @@ def chosen_rows(
         noise=noise,
         sink=sink,
         valid_keys=valid_keys,
+        span=span,
+        within=within,
     )[0]
 
 
@@ -144,6 +158,8 @@ def _operator(
     noise: Tensor | None,
     sink: bool,
     valid_keys: Tensor | None,
+    span: int,
+    within: Tensor | None,
 ) -> Tensor:
     return chosen_rows(
         a,
@@ -157,6 +173,8 @@ def _operator(
         noise=noise,
         sink=sink,
         valid_keys=valid_keys,
+        span=span,
+        within=within,
     )
 
 
@@ -173,12 +191,14 @@ def launch(
     temperature: float | Tensor,
     noise: Tensor | None,
     valid_keys: Tensor | None,
+    within: Tensor | None,
     indices: Tensor,
     scores: Tensor,
-    *,
-    is_causal: bool,
     offset: int,
     block: int,
+    span: int,
+    *,
+    is_causal: bool,
     own: bool,
     sink: bool,
 ) -> Launch:
@@ -188,11 +208,17 @@ def launch(
 
     batch, groups, nq, hidden = a.shape
     nk, places = b.shape[2], indices.shape[-1]
-    a, b = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b))
+    a = a if a.stride(-1) == 1 else a.contiguous()
+    if within is not None:
+        # Rows that gather keys of their own read them a hidden unit at a time.
+        b, within = b.mT.contiguous().mT, within.to(torch.int32).contiguous()
+    elif b.stride(-1) != 1:
+        b = b.contiguous()
     w = w.reshape(-1, hidden).contiguous()
     w0 = None if w0 is None else w0.reshape(-1)
     tau = temperature.reshape(-1) if isinstance(temperature, Tensor) and noise is not None else None
-    rows, slots, lanes, kept = shape_of(nk, places - own)
+    runs = 0 if within is None else within.shape[-1]
+    rows, slots, lanes, kept = shape_of(runs * span or nk, places - own, gathered=runs > 0)
     blocks = -(-nq // rows)
     arguments = {
         "a": a,
@@ -202,6 +228,7 @@ def launch(
         "tau": tau,
         "seed": noise,
         "valid": None if valid_keys is None else valid_keys.contiguous().view(torch.uint8),
+        "within": within,
         "indices": indices,
         "scores": scores,
         "number_rate": 1.0 if isinstance(temperature, Tensor) else 1.0 / temperature,
@@ -211,8 +238,10 @@ def launch(
         "blocks": blocks,
         "offset": offset,
         "width": places,
+        "runs": runs,
         **strides_of("a", a, "bgn"),
         **strides_of("b", b, "bgn"),
+        "sb_h": b.stride(-1),
         **strides_of("w", w, "g"),
         **strides_of("shift", w0, "g"),
         **strides_of("tau", tau, "g"),
@@ -225,12 +254,13 @@ def launch(
         "CAUSAL": is_causal,
         "OWN": own,
         "SINK": sink,
+        "SPAN": span,
     }
     programs = blocks * batch * groups
     return Launch(triton_topk.topk_rows, programs, arguments, {"num_warps": 4, "num_stages": 1})
 
 
-def shape_of(nk: int, others: int) -> tuple[int, int, int, int]:
+def shape_of(nk: int, others: int, gathered: bool = False) -> tuple[int, int, int, int]:
     """(rows of a program, slots, lanes, kept) for ``others`` places besides the own tile's.
 
     A step scores slots·lanes key tiles. More slots make sorting rarer, more rows make loads rarer, and both
@@ -239,7 +269,27 @@ def shape_of(nk: int, others: int) -> tuple[int, int, int, int]:
     kept = max(2, 1 << (others - 1).bit_length()) if others else 0
     if kept > _LANES:
         return 8, 256 // kept, kept, kept
-    return 16, 8 if nk > 2 * _LANES else 2, _LANES, kept
+    slots = 4 if gathered else 8
+    return 16, slots if nk > 2 * _LANES else 2, _LANES, kept
+
+
+def _check_runs(a: Tensor, span: object, within: Tensor | None) -> None:
+    if type(span) is not int or span < 1:
+        fix = "It counts the tiles of a run."
+        raise ArgumentError(explain("span", expected="an integer ≥ 1", got=repr(span), fix=fix))
+    if within is None:
+        return
+    shape = (*a.shape[:3], within.shape[-1] if within.dim() else 0)
+    integers = within.dtype in (torch.int32, torch.int64)
+    if not integers or tuple(within.shape) != shape or not within.numel() or within.device != a.device:
+        raise ArgumentError(
+            explain(
+                "within",
+                expected=f"int32 {[*shape[:3], 'S']} on {a.device}",
+                got=f"{within.dtype} {list(within.shape)} on {within.device}",
+                fix="The runs of the first level, for each row.",
+            )
+        )
 
 
 def _check(

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from sparsetile.kernels.triton_tiles import KEY_STEP, dropout_row, dropout_stream, mix
 
-COUNTS = ["groups", "nq", "nk", "blocks", "offset", "width"]
+COUNTS = ["groups", "nq", "nk", "blocks", "offset", "width", "runs"]
 """Arguments that are not worth a compilation of their own."""
 
 _UNUSED = tl.constexpr(-(2**31))  # below the ordered bits of −inf
@@ -118,13 +118,48 @@ def tile_scores(
 
 
 @triton.jit
-def single_scores(a, row_at, b, col_at, w, ROWS: tl.constexpr, H: tl.constexpr):
+def gathered_scores(
+    a,
+    row_at,
+    b,
+    col,
+    sb_h,
+    w,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    LANES: tl.constexpr,
+    H: tl.constexpr,
+):
+    """As ``tile_scores``, of each row's own keys ``col`` ``[SLOTS, ROWS, LANES]``, added in the same order.
+
+    Keys of a run lie side by side and ``sb_h`` apart from one hidden unit to the next, so that lanes read
+    whole sectors.
+    """
+    score = tl.zeros([SLOTS, ROWS, LANES], tl.float32)
+    for hidden in range(H):
+        of_row = tl.load(a + row_at + hidden).to(tl.float32)
+        of_key = tl.load(b + col).to(tl.float32)
+        score = term(score, of_row[None, :, None] + of_key, tl.load(w + hidden).to(tl.float32))
+        b += sb_h
+    return score
+
+
+@triton.jit
+def single_scores(a, row_at, b, col_at, sb_h, w, ROWS: tl.constexpr, H: tl.constexpr):
     """As ``tile_scores``, of one key a row, fp32 ``[ROWS]``, added in the same order."""
     score = tl.zeros([ROWS], tl.float32)
     for hidden in range(H):
-        x = tl.load(a + row_at + hidden).to(tl.float32) + tl.load(b + col_at + hidden).to(tl.float32)
+        x = tl.load(a + row_at + hidden).to(tl.float32) + tl.load(b + col_at).to(tl.float32)
         score = term(score, x, tl.load(w + hidden).to(tl.float32))
+        b += sb_h
     return score
+
+
+@triton.jit
+def column_of(within, place, runs, SPAN: tl.constexpr):
+    """The key tile at ``place`` of the tiles of a row's runs, which start at ``within``; below 0 if none."""
+    run = tl.load(within + place // SPAN, mask=place < runs * SPAN, other=-1)
+    return tl.where(run < 0, -1, run * SPAN + place % SPAN)
 
 
 @triton.jit
@@ -145,6 +180,7 @@ def topk_rows(
     tau,
     seed,
     valid,
+    within,
     indices,
     scores,
     number_rate,
@@ -154,12 +190,14 @@ def topk_rows(
     blocks,
     offset,
     width,
+    runs,
     sa_b,
     sa_g,
     sa_n,
     sb_b,
     sb_g,
     sb_n,
+    sb_h,
     sw_g,
     sshift_g,
     stau_g,
@@ -172,10 +210,12 @@ def topk_rows(
     CAUSAL: tl.constexpr,
     OWN: tl.constexpr,
     SINK: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     """One program: ROWS query tiles of one (batch, group), ``width`` places a row.
 
-    KEPT ≤ LANES is a power of two, not below the places besides the own tile's; 0 if there are none.
+    KEPT ≤ LANES is a power of two, not below the places besides the own tile's; 0 if there are none. With
+    SPAN > 1 keys are runs of so many tiles; or tiles, if ``within`` lists each row's ``runs``, rising.
     """
     lines = tl.num_programs(0) // blocks
     line = tl.program_id(0) % lines
@@ -197,15 +237,23 @@ def topk_rows(
     if seed is not None:
         noise = dropout_row(dropout_stream(seed, line), rows)
     row_at = tl.minimum(rows, nq - 1).to(tl.int64) * sa_n
-    reach = tl.zeros([ROWS], tl.int32) + nk - 1
+    tiles = nk
+    if SPAN > 1 and within is None:
+        tiles = nk * SPAN
+    home = floor_quotient(rows.to(tl.int64) * BLOCK + offset, BLOCK)
+    home = tl.minimum(tl.maximum(home, 0), tiles - 1).to(tl.int32)
+    reach = tl.zeros([ROWS], tl.int32) + tiles - 1
     if CAUSAL:
         last = floor_quotient(rows.to(tl.int64) * BLOCK + BLOCK - 1 + offset, BLOCK)
-        reach = tl.minimum(tl.maximum(last, -1), nk - 1).to(tl.int32)
+        reach = tl.minimum(tl.maximum(last, -1), tiles - 1).to(tl.int32)
+        if SPAN > 1 or within is not None:
+            reach = tl.minimum(reach, home)
+    if SPAN > 1 and within is None:
+        home //= SPAN
+        reach = floor_quotient(reach, SPAN)
     reach = tl.where(rows < nq, reach, -1)
-    home = tl.full([ROWS], -1, tl.int32)
-    if OWN:
-        home = floor_quotient(rows.to(tl.int64) * BLOCK + offset, BLOCK)
-        home = tl.minimum(tl.maximum(home, 0), nk - 1).to(tl.int32)
+    if not OWN:
+        home = tl.full([ROWS], -1, tl.int32)
     out_at = (line.to(tl.int64) * nq + rows) * width
     if valid is not None:
         valid += batch * nk
@@ -219,26 +267,41 @@ def topk_rows(
         best = tl.full([ROWS, KEPT], _NONE, tl.int64)
         worst = tl.full([ROWS], _NONE, tl.int64)
         end = tl.max(reach) + 1
+        if within is not None:
+            end = runs * SPAN
+            within += (line.to(tl.int64) * nq + tl.minimum(rows, nq - 1)) * runs
         for start in range(0, end, SLOTS * LANES):
             col = start + slot[:, None] * LANES + lane[None, :]
-            col_at = tl.minimum(col, nk - 1).to(tl.int64) * sb_n
-            score = tile_scores(a, row_at, b, col_at, w, ROWS, SLOTS, LANES, H)
-            column = col[:, None, :]
+            if within is not None:
+                column = column_of(within[None, :, None], col[:, None, :], runs, SPAN)
+                near = tl.minimum(tl.maximum(column, 0), nk - 1)
+                score = gathered_scores(a, row_at, b, near, sb_h, w, ROWS, SLOTS, LANES, H)
+            else:
+                col_at = tl.minimum(col, nk - 1).to(tl.int64) * sb_n
+                score = tile_scores(a, row_at, b, col_at, w, ROWS, SLOTS, LANES, H)
+                column = col[:, None, :]
             score = ranked(score, base, rate, noise[None, :, None], column, seed is not None)
             order = ordered(score)
             if SINK:
                 order = tl.where(column == 0, _FIRST, order)
             allowed = column <= reach[None, :, None]
+            if within is not None:
+                allowed &= column >= 0
             if OWN:
                 allowed &= column != home[None, :, None]
-            if valid is not None:
+            if valid is not None and within is not None:
+                allowed &= tl.load(valid + near) != 0
+            elif valid is not None:
                 usable = tl.load(valid + col, mask=col < nk, other=0) != 0
                 allowed &= usable[:, None, :]
             order = tl.where(allowed, order, _UNUSED)
             # The best of each lane go in until none beats what its row holds: few rounds, as the best of a
             # row seldom share a lane, and none at all for most steps of a long row.
             top, at = tl.max(order, axis=0, return_indices=True)
-            key = keys_of(top, start + at * LANES + lane[None, :])
+            found = start + at * LANES + lane[None, :]
+            if within is not None:
+                found = tl.maximum(column_of(within[:, None], found, runs, SPAN), 0)
+            key = keys_of(top, found)
             while tl.max((key > worst[:, None]).to(tl.int32)) > 0:
                 order = tl.where(slot[:, None, None] == at[None, :, :], _UNUSED, order)
                 if KEPT < LANES:
@@ -248,13 +311,16 @@ def topk_rows(
                 best = tl.bitonic_merge(tl.maximum(best, fresh))
                 worst = tl.min(tl.where(place[None, :] < count, best, 0x7FFFFFFFFFFFFFFF), axis=1)
                 top, at = tl.max(order, axis=0, return_indices=True)
-                key = keys_of(top, start + at * LANES + lane[None, :])
+                found = start + at * LANES + lane[None, :]
+                if within is not None:
+                    found = tl.maximum(column_of(within[:, None], found, runs, SPAN), 0)
+                key = keys_of(top, found)
 
         order = (best >> 32).to(tl.int32)
         chosen = tl.where(order == _UNUSED, -1, (best & _INDEX).to(tl.int32) ^ _INDEX)
         score = tl.where(order == _UNUSED, float("-inf"), score_of(order))
         if SINK:
-            sink = single_scores(a, row_at, b, tl.zeros([ROWS], tl.int64), w, ROWS, H)
+            sink = single_scores(a, row_at, b, tl.zeros([ROWS], tl.int64), sb_h, w, ROWS, H)
             sink = ranked(sink, base, rate, noise, tl.zeros([ROWS], tl.int32), seed is not None)
             sink = score_of(ordered(sink))
             score = tl.where(order == _FIRST, sink[:, None], score)
@@ -264,7 +330,7 @@ def topk_rows(
         tl.store(scores + out, score, mask=keep)
 
     if OWN:
-        score = single_scores(a, row_at, b, home.to(tl.int64) * sb_n, w, ROWS, H)
+        score = single_scores(a, row_at, b, home.to(tl.int64) * sb_n, sb_h, w, ROWS, H)
         score = score_of(ordered(ranked(score, base, rate, noise, home, seed is not None)))
         allowed = home <= reach
         if valid is not None:
