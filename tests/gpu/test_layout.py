@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsetile.adaptive.places import Places
 from sparsetile.layout import BlockLayout
+from sparsetile.layout.schedule import Direction, schedule
 from sparsetile.patterns import Causal, Documents, LogStrided, Random
 
 pytestmark = [
@@ -24,17 +26,42 @@ def test_topk_never_waits_for_the_device(is_causal, lengths, blocks):
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randint(-1, -(-k_len // block_k) + 1, size, generator=generator)
     there = indices.cuda()
+    kinds: list[tuple[Direction, int]] = [("rows", 8), ("rows", 2), ("columns", 3), ("columns", 64)]
     torch.cuda.set_sync_debug_mode("error")
     try:
         layout = BlockLayout.from_topk(there, q_len, k_len, blocks, is_causal)
+        made = [schedule(layout, *kind) for kind in kinds]
+        layout.tensors()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     layout.validate()
     expected = BlockLayout.from_topk(indices, q_len, k_len, blocks, is_causal)
     for name, tensor in layout.tensors()._asdict().items():
-        # Past the last tile, t_edges may name the unused places in any order.
-        count = expected.nnz if name == "t_edges" else None
-        assert torch.equal(tensor.cpu()[:count], getattr(expected, name)[:count]), (name, seed)
+        assert torch.equal(tensor.cpu(), getattr(expected, name)), (name, seed)
+    for kind, got in zip(kinds, made, strict=True):
+        want = schedule(expected, *kind)
+        count = want.items.shape[1]
+        assert torch.equal(got.items[:, :count].cpu(), want.items), (kind, seed)
+        assert (got.items[0, count:] == -1).all(), (kind, seed)
+        for name in ("others", "mask_ids", "edges"):
+            tensor, wanted = (getattr(x, name)[: expected.nnz] for x in (got, want))
+            assert torch.equal(tensor.cpu(), wanted), (kind, name, seed)
+
+
+def test_values_of_places_never_wait_for_the_device():
+    chosen = torch.rand(2, 2, 16, 16).argsort(-1)[..., :5].masked_fill(torch.rand(2, 2, 16, 5) < 0.3, -1)
+    values = torch.randn(2, 2, 16, 5)
+    there, bias = chosen.cuda(), values.cuda().requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        places = Places.of(there, 4, 2000, 2000, 128, False)
+        edges = places.to_edges(bias)
+        (grad,) = torch.autograd.grad(edges.square().sum(), bias)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = Places.of(chosen, 4, 2000, 2000, 128, False)
+    assert torch.equal(edges.cpu(), expected.to_edges(values))
+    torch.testing.assert_close(grad.cpu(), 4 * values.masked_fill(~expected.valid, 0))
 
 
 def test_topk_can_be_captured():
