@@ -1,4 +1,4 @@
-"""The command ``sparsetile``: doctor, show, bench, train.
+"""The command ``sparsetile``: doctor, show, bench, train, recall.
 
 Bad input and failures end with one line on stderr and a non-zero exit code: 2 for bad usage or input, 1 for
 what failed, 130 after Ctrl-C. A traceback is a bug.
@@ -53,6 +53,10 @@ _COMMANDS = {
         "examples:\n"
         "  sparsetile train --compare\n"
         "  sparsetile train --attention 'Local(512) | Global(16)' --context 8192 --steps 500\n",
+    ),
+    "recall": (
+        "whether learned tiles hold what a query asks for, next to other ways of choosing them",
+        "examples:\n  sparsetile recall\n",
     ),
 }
 
@@ -135,6 +139,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "show": _show_arguments,
         "bench": _delegate("sparsetile.bench.cli"),
         "train": _delegate("sparsetile.train.cli"),
+        "recall": _delegate("sparsetile.recall.cli"),
     }
     for name, (summary, examples) in _COMMANDS.items():
         command = commands.add_parser(
