@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsetile.errors import ArgumentError, explain
+from sparsetile.kernels.triton_backend import device_problem
 
 FORMS = ("mlp", "bilinear", "indexer")
 
@@ -183,6 +184,12 @@ class ImportanceScorer(nn.Module):
             ``[B, G, nq, n]``, equal to the entries of :meth:`rows` up to rounding (without dropout). The
             gradient is summed in a fixed order, so it is bitwise equal run to run.
         """
+        if self._in_one_kernel(features, dropped):
+            from sparsetile.kernels.triton_pairs import pair_scores
+
+            return pair_scores(
+                features.a, features.b, self.output_weight, self._wide(self.b2).view(-1), column
+            )
         batch, groups, nk, _ = features.b.shape
         line = torch.arange(batch * groups, device=column.device).view(batch, groups, 1, 1)
         # F.embedding, because its backward adds in a fixed order; that of plain indexing uses atomics.
@@ -200,6 +207,17 @@ class ImportanceScorer(nn.Module):
             if self.num_heads is None:
                 return hidden @ weight + bias
             return (hidden * weight[:, None, None]).sum(-1) + bias[:, None, None]
+
+    def _in_one_kernel(self, features: Features, dropped: bool) -> bool:
+        """Whether a Triton kernel serves :meth:`pairs`: on a GPU, where nobody wants a gradient."""
+        a = features.a
+        if self.form != "mlp" or not a.is_cuda or a.dtype != torch.float32 or torch.compiler.is_compiling():
+            return False
+        if self.training and dropped and self.dropout > 0.0:
+            return False
+        leaves = (a, features.b, self.w2, self.b2)
+        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
+        return not differentiable and device_problem(a.device, "features") is None
 
     def _dropped(self, x: Tensor, wanted: bool) -> Tensor:
         return F.dropout(x, self.dropout, self.training and wanted)
