@@ -30,6 +30,7 @@ from sparsetile.bench.measure import time_call
 from sparsetile.environment import provenance
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.nn.adaptive import BlockSparseAdaptive
+from sparsetile.patterns.budget import tiles_for
 
 HEADS, WIDTH, BLOCK, KEPT, DTYPE = 32, 128, 128, 16, torch.bfloat16
 DEVICE = torch.device("cuda", 0)
@@ -43,21 +44,23 @@ def tensors(length: int, kv_heads: int) -> list[Tensor]:
     return [torch.randn(1, length, h, WIDTH, device=DEVICE, dtype=DTYPE, requires_grad=True) for h in heads]
 
 
-def module_for(length: int, kv_heads: int) -> BlockSparseAdaptive:
-    tiles = length // BLOCK
-    config = st.AdaptiveConfig(base_sparsity=max(0.0, 1 - KEPT / tiles), learnable_temperature=True)
+def module_for(length: int, kv_heads: int, is_causal: bool) -> BlockSparseAdaptive:
+    """Sixteen tiles a row; when causal on average, because rows keep a share of what lies before them."""
+    tiles, kept = length // BLOCK, 2 * KEPT if is_causal else KEPT
+    config = st.AdaptiveConfig(base_sparsity=max(0.0, 1 - kept / tiles), learnable_temperature=True)
     return BlockSparseAdaptive(config, num_heads=HEADS, num_kv_heads=kv_heads, head_dim=WIDTH, device=DEVICE)
 
 
-def random_layout(length: int, is_causal: bool) -> BlockLayout:
-    """As many tiles a row as the module keeps, at random places that all heads share, made beforehand."""
+def random_layout(length: int, density: float, is_causal: bool) -> BlockLayout:
+    """As many tiles in each row as the module keeps, at random places that all heads share, made beforehand."""
     tiles = length // BLOCK
+    row = torch.arange(tiles, device=DEVICE)
+    counts = tiles_for(density, row + 1 if is_causal else torch.full_like(row, tiles))
     weight = torch.rand(1, 1, tiles, tiles, device=DEVICE)
     weight.diagonal(dim1=-2, dim2=-1).fill_(2.0)
-    if is_causal:
-        weight = weight.tril()
-    best = weight.topk(min(KEPT, tiles), -1)
-    chosen = best.indices.masked_fill(best.values == 0, -1)
+    best = (weight.tril() if is_causal else weight).topk(int(counts.max()), -1).indices
+    place = torch.arange(best.shape[-1], device=DEVICE)
+    chosen = torch.where(place < counts[:, None], best, -1)
     return BlockLayout.from_topk(chosen, length, length, BLOCK, is_causal)
 
 
@@ -84,9 +87,9 @@ def graph_ms(call: Callable[[], object]) -> float:
 
 def parts(length: int, kv_heads: int, is_causal: bool) -> dict[str, Any]:
     """Milliseconds of the module's parts and of the whole, eager and as graphs."""
-    module, leaves = module_for(length, kv_heads), tensors(length, kv_heads)
+    module, leaves = module_for(length, kv_heads, is_causal), tensors(length, kv_heads)
     q, k = (x.detach().transpose(1, 2) for x in leaves[:2])
-    fixed = random_layout(length, is_causal)
+    fixed = random_layout(length, module.config.density, is_causal)
     trained = [*leaves, *module.parameters()]
 
     def attend(layout: BlockLayout, tile_bias: Tensor | None = None) -> Tensor:
@@ -106,6 +109,8 @@ def parts(length: int, kv_heads: int, is_causal: bool) -> dict[str, Any]:
         module.eval()
         seen = see()
         places = choose(seen)
+        found["tiles_a_row"] = places.valid.sum(-1).float().mean().item()
+        assert found["tiles_a_row"] == fixed.nnz / fixed.q_blocks, "the rivals compute as many tiles"
         bias = places.to_edges(module.biases(module.scorer.pairs(seen.features, places.column)))
         calls: dict[str, Callable[[], object]] = {
             "summaries_and_features": see,
@@ -146,7 +151,7 @@ def dense(backend: SDPBackend, is_causal: bool) -> Callable[..., Tensor]:
 
 def against_dense(length: int, is_causal: bool) -> dict[str, Any]:
     """The module, everything included, and dense attention: forward, and forward with backward."""
-    module, leaves = module_for(length, HEADS), tensors(length, HEADS)
+    module, leaves = module_for(length, HEADS, is_causal), tensors(length, HEADS)
     found: dict[str, Any] = {"tokens": length, "is_causal": is_causal}
     calls: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {
         "sparsetile": (lambda: module(*leaves, is_causal=is_causal), [*leaves, *module.parameters()])
