@@ -52,7 +52,7 @@ def module_for(length: int, kv_heads: int, is_causal: bool) -> BlockSparseAdapti
 
 
 def random_layout(length: int, density: float, is_causal: bool) -> BlockLayout:
-    """As many tiles in each row as the module keeps, at random places that all heads share, made beforehand."""
+    """As many tiles in each row as the module keeps, at random places that all heads share."""
     tiles = length // BLOCK
     row = torch.arange(tiles, device=DEVICE)
     counts = tiles_for(density, row + 1 if is_causal else torch.full_like(row, tiles))
