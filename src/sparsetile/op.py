@@ -67,7 +67,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Dispatch one validated call; returns (out, lse).
 
-    Either a layout, or the text of a pattern with geometry (q_len, k_len, block_q, block_k, batch, heads).
+    Either a layout, or the text of a pattern with geometry (q_len, k_len, block_q, block_k, batch, heads);
+    that of a layout ends in its ``row_bound``.
     ``plain`` is what :func:`plain` says of q, k, v.
     """
     features = (tile_bias, attn_bias, key_padding_mask, seed, scale, dropout_p)
@@ -88,8 +89,7 @@ def attention(
 
 def _call(layout: BlockLayout, features: tuple[Any, ...], backend: str) -> tuple[Any, ...]:
     """What the operators' schema calls ``_CALL``, for a layout; features from tile_bias to dropout_p."""
-    geometry = [layout.q_len, layout.k_len, layout.block_q, layout.block_k, layout.batch, layout.heads]
-    return (layout.operands(), "", geometry, *features, backend)
+    return (layout.operands(), "", layout.geometry, *features, backend)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -194,7 +194,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _layout(q: Tensor, tensors: Sequence[Tensor], pattern: str, geometry: Sequence[int]) -> BlockLayout:
-    q_len, k_len, block_q, block_k, batch, heads = geometry
+    q_len, k_len, block_q, block_k, batch, heads, *bound = geometry
     if pattern:
         spelled = parsed(pattern)
         by_head = heads if spelled.needs_heads else None
@@ -213,6 +213,7 @@ def _layout(q: Tensor, tensors: Sequence[Tensor], pattern: str, geometry: Sequen
         batch=batch,
         heads=heads,
         given=Transpose(*turned) if turned else None,
+        row_bound=bound[0] or None if bound else None,
         _memo=memo_of(tensors[0]),
     )
 

@@ -15,6 +15,11 @@ def sound():
     return BlockLayout.from_pattern((Local(60) | Global(5)) & Causal(), 250, 250, 32)
 
 
+def window():
+    """Rows that begin with a partial tile and go on with whole ones."""
+    return BlockLayout.from_pattern(Local(100) & Causal(), 250, 250, 32)
+
+
 def other(name, tensor):
     """A sound layout with one tensor changed; names with ``t_`` mean its transpose."""
     layout = sound()
@@ -60,6 +65,8 @@ def tail_id():
         (lambda: changed("indices", 0, 8), "indices go beyond"),
         (lambda: changed("indices", 0, -1), "indices go beyond"),
         (lambda: swapped("indices", -1, -2), "do not ascend"),
+        (lambda: replace(sound(), row_bound=1), "more tiles than row_bound = 1"),
+        (lambda: replace(window(), row_bound=8), "a whole tile comes after a partial one"),
         (lambda: changed("mask_ids", 0, 99), "mask_ids go beyond"),
         (lambda: changed("mask_ids", 0, -2), "mask_ids go beyond"),
         (lambda: changed("masks", 0, -1), "hold a full tile"),

@@ -107,7 +107,9 @@ def test_learned_layouts(direction: Direction, chunk: int) -> None:
     """Every tile once, as the general way has it, which knows nothing of where the layout came from."""
     for _ in range(6):
         layout, seed = learned_layout()
-        made, general = (schedule(x, direction, chunk) for x in (layout, replace(layout, _memo={})))
+        made, general = (
+            schedule(x, direction, chunk) for x in (layout, replace(layout, row_bound=None, _memo={}))
+        )
         done = tiles_done(layout, made, direction)
         assert sorted(edge for _, edge in done) == list(range(layout.nnz)), seed
         assert sorted(done) == sorted(tiles_done(layout, general, direction)), seed
@@ -128,6 +130,10 @@ def test_rows_that_fit_an_item_stay_as_they_lie() -> None:
     assert made.edges.numel() == made.splits.shape[1] == made.slots == made.long_items == 0, seed
     assert torch.equal(made.items[0], torch.arange(layout.indptr.numel() - 1, dtype=torch.int32)), seed
     assert "transpose" not in layout._memo, seed
+    # Where a graph passed the tensors on, all of it follows from them.
+    again = schedule(replace(layout, _memo={}), "rows", 7)
+    for name, tensor in made.tensors()._asdict().items():
+        assert torch.equal(getattr(again, name), tensor), (name, seed)
 
 
 @pytest.mark.parametrize("direction", ["rows", "columns"])

@@ -75,7 +75,7 @@ def rows_are_known(layout, width):
     known = layout._memo[SHORT_ROWS]
     row, _ = layout.rows_and_columns()
     partial = layout.mask_ids[: layout.nnz] >= 0
-    assert known.bound == width and (layout.row_counts() <= width).all()
+    assert layout.row_bound == width and (layout.row_counts() <= width).all()
     assert not (partial[:-1] & ~partial[1:] & (row[1:] == row[:-1])).any()
     counts = torch.zeros(layout.indptr.numel() - 1, dtype=torch.int32).index_add_(0, row, partial.int())
     assert (known.partial is None) == (len(layout.masks) == 0)

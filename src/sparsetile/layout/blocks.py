@@ -67,6 +67,7 @@ class BlockLayout:
         q_len, k_len: tokens; any lengths. Query ``i`` stands at position ``i + k_len − q_len``.
         batch, heads: 1 (shared by all) or the tensor's own count of batch elements and query heads.
         given: the transpose, if it came with the tiles; see ``transpose``.
+        row_bound: for learned indices, how many tiles no row exceeds; their partial tiles end their rows.
     """
 
     indptr: Tensor
@@ -80,6 +81,7 @@ class BlockLayout:
     batch: int = 1
     heads: int = 1
     given: Transpose | None = None
+    row_bound: int | None = None
     _memo: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -142,6 +144,12 @@ class BlockLayout:
         """What operators pass: the tensors that the constructor was given, so without a transpose that only
         a backward pass would ask for."""
         return [self.indptr, self.indices, self.mask_ids, self.masks, *(self.given or ())]
+
+    @property
+    def geometry(self) -> list[int]:
+        """What operators pass beside the tensors; ``row_bound`` as 0 where there is none."""
+        sizes = [self.q_len, self.k_len, self.block_q, self.block_k, self.batch, self.heads]
+        return [*sizes, self.row_bound or 0]
 
     # -- constructors ---------------------------------------------------------------------------------
 
@@ -303,6 +311,7 @@ class BlockLayout:
             *size[:4],
             batch=batch,
             heads=groups * share,
+            row_bound=chosen.column.shape[3],
             _memo={SHORT_ROWS: made.rows},
         )
         return layout, made.slot

@@ -137,6 +137,11 @@ def _rows(layout: BlockLayout) -> str | None:
         return "indices do not ascend within a row"
     if bool(((ids < -1) | (ids >= layout.masks.shape[0])).any()):
         return f"mask_ids go beyond −1 … {layout.masks.shape[0] - 1}"
+    if layout.row_bound is not None:
+        if bool((starts.diff() > layout.row_bound).any()):
+            return f"a row has more tiles than row_bound = {layout.row_bound}"
+        if bool(((ids[1:] < 0) & (ids[:-1] >= 0) & (row[1:] == row[:-1])).any()):
+            return "row_bound is given, but a whole tile comes after a partial one"
     return None
 
 

@@ -124,9 +124,8 @@ def chunk_for(
 
 def _build(layout: BlockLayout, direction: Direction, chunk: int) -> Schedule:
     by_rows = direction == "rows"
-    short = layout._memo.get(SHORT_ROWS) if by_rows else None
-    if isinstance(short, ShortRows) and short.bound <= chunk:
-        return _of_short_rows(layout, short)
+    if by_rows and layout.row_bound is not None and layout.row_bound <= chunk:
+        return _of_short_rows(layout)
     blocks = layout.q_blocks if by_rows else layout.k_blocks
     longest_possible = layout.k_blocks if by_rows else layout.q_blocks
     device, kind, capacity = layout.device, layout.indptr.dtype, layout.capacity
@@ -211,8 +210,11 @@ def _build(layout: BlockLayout, direction: Direction, chunk: int) -> Schedule:
     )
 
 
-def _of_short_rows(layout: BlockLayout, short: ShortRows) -> Schedule:
+def _of_short_rows(layout: BlockLayout) -> Schedule:
     """The rows of a layout of learned indices, none longer than an item: in their own order, as they lie."""
+    short = layout._memo.get(SHORT_ROWS)
+    if not isinstance(short, ShortRows):
+        short = ShortRows.of(layout.indptr, layout.indices, layout.mask_ids, layout.masks)
     start, end = layout.indptr[:-1], layout.indptr[1:]
     full_end = end if short.partial is None else end - short.partial.reshape(-1)
     row = torch.arange(start.numel(), dtype=start.dtype, device=start.device)

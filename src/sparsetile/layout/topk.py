@@ -25,17 +25,26 @@ SHORT_ROWS = "short_rows"
 
 @dataclass(frozen=True, eq=False)
 class ShortRows:
-    """Rows of at most ``bound`` tiles, whole ones first in the layout itself.
+    """Of each row of a layout of learned indices, whose whole tiles come first in the layout itself.
 
     Attributes:
-        bound: tiles that no row exceeds; known to the host.
-        partial: partial tiles of each row, None where there are none; broadcast over equal heads.
-        first: int32, key block of the first tile of each row, 0 in a row without tiles; as ``partial``.
+        partial: partial tiles, None where there are none; broadcast over equal heads.
+        first: int32, key block of the first tile, 0 in a row without tiles; broadcast as ``partial``.
     """
 
-    bound: int
     partial: Tensor | None
     first: Tensor
+
+    @classmethod
+    def of(cls, indptr: Tensor, indices: Tensor, mask_ids: Tensor, masks: Tensor) -> ShortRows:
+        """From the tensors alone: where a graph passed them on without what was known of them."""
+        start, end = indptr[:-1], indptr[1:]
+        first = indices.index_select(0, start.clamp(max=indices.numel() - 1)) * (end > start)
+        if not masks.shape[0]:
+            return cls(None, first)
+        before = indptr.new_zeros(mask_ids.numel() + 1)
+        torch.cumsum(mask_ids >= 0, 0, dtype=before.dtype, out=before[1:])
+        return cls(before.index_select(0, indptr).diff(), first)
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.first,) if self.partial is None else (self.first, self.partial)
@@ -166,7 +175,7 @@ def topk_tensors(chosen: Chosen, share: int, sizes: Sizes) -> TopkTensors:
         mask_ids = torch.full((capacity,), FULL, dtype=torch.int32, device=device)
     else:
         partial, mask_ids = of_heads((ids >= 0).sum(-1, dtype=kind)), entries(ids)
-    known = ShortRows(k, partial, of_heads(column[..., 0]))
+    known = ShortRows(partial, of_heads(column[..., 0]))
     return TopkTensors(indptr, entries(column), mask_ids, masks, slot, known)
 
 
