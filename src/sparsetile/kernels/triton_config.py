@@ -51,9 +51,10 @@ class Target:
 
 
 # Keyed by family, bytes of an element and head_dim padded to 64, 128 or 256. Up to three choices: for layouts
-# of whole tiles, for layouts with partial tiles, and for biases, padding or dropout; the last given serves
-# the rest. "hopper" does not spill up to head_dim 128 where no feature is used; for 16-bit elements its
-# forward is the fastest such choice by benchmarks/tune_triton.py on an H200. All fit their shared memory.
+# of whole tiles, for layouts with partial tiles, and for a dense bias, padding or dropout; the last given
+# serves the rest. A tile bias, one scalar a step, changes no choice. "hopper" does not spill up to head_dim
+# 128 where none of these is used; for 16-bit elements its forward is the fastest such choice by
+# benchmarks/tune_triton.py on an H200. All fit their shared memory.
 FORWARD: dict[tuple[Family, int, int], tuple[Tiles, ...]] = {
     ("hopper", 2, 64): (
         Tiles(128, 64, 4, 3),
@@ -124,8 +125,8 @@ BACKWARD: dict[tuple[Family, int, int], tuple[Pair, ...]] = {
     ("amd", 4, 256): (Pair((16, 16), (16, 16), 4, 1),),
 }
 
-# For hardly more than a tile a row, without features: there, more programs on a multiprocessor hide what each
-# loads once, before its loop.
+# For hardly more than a tile a row, without those features: there, more programs on a multiprocessor hide
+# what each loads once, before its loop.
 BACKWARD_SHORT: dict[tuple[Family, int, int], tuple[Pair, ...]] = {
     ("hopper", 2, 128): (Pair((64, 64), (32, 64), 4, 2), Pair((64, 32), (32, 64), 4, 2)),
 }

@@ -13,6 +13,7 @@ from sparsetile.kernels.triton_tiles import (
     LN2,
     LOG2E,
     allowed_pairs,
+    bias_after,
     dropout_keep,
     dropout_row,
     dropout_stream,
@@ -55,13 +56,8 @@ def attend(
         # The next tile's address is under way while this tile is computed.
         block = tl.load(others + tl.minimum((step + 1) // steps, last - 1))
         if tile_bias is not None:
-            # Waited for here, not in the step that loads it.
             shift = next_bias * LOG2E
-            if edges is None:
-                next_bias = tl.load(tile_bias + tl.minimum((step + 1) // steps, item_end - 1))
-            else:
-                next_bias = tl.load(tile_bias + next_edge)
-                next_edge = tl.load(edges + tl.minimum((step + 2) // steps, item_end - 1))
+            next_bias, next_edge = bias_after(tile_bias, edges, next_edge, step, item_end, steps)
         key_ok = keys >= 0
         if MASKED:
             key_ok = key0 + keys < k_len

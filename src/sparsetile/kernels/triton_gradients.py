@@ -11,6 +11,7 @@ from sparsetile.kernels.triton_tiles import (
     GRAD_ROWS,
     LOG2E,
     allowed_pairs,
+    bias_after,
     dropout_keep,
     dropout_row,
     dropout_stream,
@@ -52,8 +53,7 @@ def collect_columns(
         block = tl.load(others + tl.minimum((step + 1) // steps, last - 1))
         if tile_bias is not None:
             shift = next_bias * LOG2E
-            next_bias = tl.load(tile_bias + next_edge)
-            next_edge = tl.load(edges + tl.minimum((step + 2) // steps, item_end - 1))
+            next_bias, next_edge = bias_after(tile_bias, edges, next_edge, step, item_end, steps)
         queries_ok = queries >= 0
         if MASKED:
             queries_ok = query0 + queries < q_len
@@ -216,11 +216,7 @@ def collect_rows(
         block = tl.load(others + tl.minimum((step + 1) // steps, last - 1))
         if tile_bias is not None:
             shift = next_bias * LOG2E
-            if edges is None:
-                next_bias = tl.load(tile_bias + tl.minimum((step + 1) // steps, item_end - 1))
-            else:
-                next_bias = tl.load(tile_bias + next_edge)
-                next_edge = tl.load(edges + tl.minimum((step + 2) // steps, item_end - 1))
+            next_bias, next_edge = bias_after(tile_bias, edges, next_edge, step, item_end, steps)
         key_ok = keys >= 0
         if MASKED:
             key_ok = key0 + keys < k_len

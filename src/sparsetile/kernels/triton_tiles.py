@@ -73,6 +73,20 @@ def first_bias(tile_bias, edges, start, end, STEPS: tl.constexpr):
 
 
 @triton.jit
+def bias_after(tile_bias, edges, next_edge, step, item_end, STEPS: tl.constexpr):
+    """(tile bias of the step after ``step``, edge of the step after that); ``next_edge`` is the first's edge.
+
+    Not to be used before that step: the first use of a load waits for it.
+    """
+    if edges is None:
+        next_bias = tl.load(tile_bias + tl.minimum((step + 1) // STEPS, item_end - 1))
+    else:
+        next_bias = tl.load(tile_bias + next_edge)
+        next_edge = tl.load(edges + tl.minimum((step + 2) // STEPS, item_end - 1))
+    return next_bias, next_edge
+
+
+@triton.jit
 def place(row, rep, heads, layout_heads, blocks, BATCH_SHARED: tl.constexpr, HEADS_SHARED: tl.constexpr):
     """(batch element, head, block) of a flattened layout row, run for the rep-th head that shares it."""
     block = row % blocks
