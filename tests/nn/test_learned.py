@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,14 +51,15 @@ def written_out(module, query, key, value, *, is_causal=False, padding=None, key
     )
     parameters = {name.removeprefix("learned.scorer."): x for name, x in leaf.items()}
     parameters |= {"theta": leaf["learned.threshold"], "log_tau": leaf["learned.log_temperature"]}
+    across = key is not query
     out, weights, read = dense_adaptive(
-        module.learned.config,
+        replace(module.learned.config, self_attention=not across),
         parameters,
         *(q, k, v),
         tiles_of(module.learned.last_layout, batch, heads),
         is_causal=is_causal,
         padding=padding,
-        first=is_causal,
+        first=is_causal or across,
         scale=1 / math.sqrt(module.head_dim),
         key_bias=key_bias,
     )
@@ -71,6 +73,9 @@ def assert_equal_gradients(module, tensors, leaf, read, limit):
     unit = {"learned.threshold": unit["theta"], "learned.log_temperature": unit["log_tau"]}
     unit["learned.scorer.b2"] = unit["learned.threshold"]
     own = dict(module.named_parameters()) | dict(zip(("query", "key", "value"), tensors, strict=True))
+    if tensors[0] is tensors[1]:
+        leaf["query"].grad += leaf["key"].grad + leaf["value"].grad
+        del own["key"], own["value"]
     least = 0.1 * math.sqrt(BLOCK * module.head_dim)
     for name, x in own.items():
         want = leaf[name].grad
@@ -80,32 +85,34 @@ def assert_equal_gradients(module, tensors, leaf, read, limit):
 
 
 def drawn(rng):
-    """Constructor, whether batched, L, S, causal, padding's kind, form of weights, average."""
+    """Constructor, batched or not, self-attention or not, L, S, causal, kind of padding, form of weights."""
     heads = rng.choice([1, 2, 4])
     made = {"embed_dim": 8 * heads, "num_heads": heads, "bias": rng.random() < 0.7}
     made["batch_first"] = rng.random() < 0.5
-    if rng.random() < 0.4:
+    is_causal, itself = rng.random() < 0.4, rng.random() < 0.5
+    if not itself and rng.random() < 0.5:
         made |= {"kdim": 5, "vdim": 7}
-    is_causal = rng.random() < 0.4
     q_len = rng.randrange(70, 150)
-    k_len = q_len if is_causal or rng.random() < 0.5 else rng.randrange(70, 150)
+    k_len = q_len if is_causal or itself or rng.random() < 0.5 else rng.randrange(70, 150)
     padding = rng.choice([None, "bool", "−inf", "added"])
-    return made, rng.random() < 0.8, q_len, k_len, is_causal, padding, rng.choice([None, "dense", "sparse"])
+    form = rng.choice([None, "dense", "sparse"])
+    return made, rng.random() < 0.8, itself, q_len, k_len, is_causal, padding, form
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", range(12))
 def test_equals_attention_written_out(dtype, case):
     rng = fresh()
-    made, batched, q_len, k_len, is_causal, kind, form = drawn(rng)
+    made, batched, itself, q_len, k_len, is_causal, kind, form = drawn(rng)
     average, batch = rng.random() < 0.5, 2 if batched else 1
-    print(made, batched, q_len, k_len, is_causal, kind, form, average)
+    print(made, batched, itself, q_len, k_len, is_causal, kind, form, average)
     module = module_of(**made, dtype=dtype)
     widths = (module.embed_dim, module.kdim, module.vdim)
     tensors = [
         torch.randn(batch, n, width, dtype=dtype).requires_grad_()
         for n, width in zip((q_len, k_len, k_len), widths, strict=True)
     ]
+    tensors = [tensors[0]] * 3 if itself else tensors
     ignored = torch.arange(k_len) >= torch.tensor([[k_len - 31], [k_len]])[:batch]
     added = torch.randn(batch, k_len, dtype=torch.float64)
     masks = {
@@ -125,7 +132,8 @@ def test_equals_attention_written_out(dtype, case):
     def placed(x):
         return x[0] if not batched else x if module.batch_first else x.transpose(0, 1)
 
-    out, shares = module(*map(placed, tensors), **given)
+    placed_tensors = [placed(tensors[0])] * 3 if itself else map(placed, tensors)
+    out, shares = module(*placed_tensors, **given)
     leaf, expected, weights, read = written_out(
         module,
         *tensors,
@@ -155,6 +163,24 @@ def test_equals_attention_written_out(dtype, case):
     score.backward()
     wanted.backward()
     assert_equal_gradients(module, tensors, leaf, read, limit)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_decoder_keeps_its_order(padded):
+    rng = fresh()
+    model = nn.Transformer(16, 2, 1, 1, 32, 0.0, batch_first=True).eval()
+    st.from_dense(model, sparse_config=CONFIG, summary=False)
+    source, target = torch.randn(1, 100, 16), torch.randn(1, 90, 16)
+    ignored = torch.arange(100)[None] >= 61 if padded else None
+    causal = nn.Transformer.generate_square_subsequent_mask(90)
+    for _ in range(3):
+        now = rng.randrange(89)
+        later = target.clone()
+        later[:, now + 1 :] = 4 * torch.randn_like(later[:, now + 1 :])
+        # Nothing tells cross-attention that its queries come one after the other.
+        outs = [model(source, x, tgt_mask=causal, memory_key_padding_mask=ignored) for x in (target, later)]
+        assert torch.equal(outs[0][:, : now + 1], outs[1][:, : now + 1]), now
+        assert not torch.equal(outs[0][:, now + 1 :], outs[1][:, now + 1 :])
 
 
 @pytest.mark.parametrize("training", [False, True])

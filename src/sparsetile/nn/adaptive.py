@@ -175,6 +175,7 @@ class BlockSparseAdaptive(Scored):
         form: str | None,
         average: bool,
         key_bias: Tensor | None = None,
+        config: AdaptiveConfig | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """:meth:`forward` without its checks, heads first, with a dropout of the caller's.
 
@@ -182,11 +183,13 @@ class BlockSparseAdaptive(Scored):
             q, k, v: ``[B, H, Nq, D]``, ``[B, Hkv, Nk, D]``.
             form: of the weights, or None for none.
             key_bias: ``[B, Nk]``, added to the logits of each key; the choice of tiles does not know it.
+            config: of this call, with the module's shapes of parameters; default: the module's own.
 
         Returns:
             ``[B, H, Nq, D]``, and the weights or None.
         """
-        config, scale = self.config, 1.0 / math.sqrt(q.shape[3]) if self.scale is None else self.scale
+        config = self.config if config is None else config
+        scale = 1.0 / math.sqrt(q.shape[3]) if self.scale is None else self.scale
         if config.coarse and form is not None:
             raise ArgumentError(
                 explain(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
@@ -43,8 +44,19 @@ def kept_by(
     return sparse_config
 
 
+def across(config: AdaptiveConfig) -> AdaptiveConfig:
+    """The settings of cross-attention: queries are other tokens than keys, and may be a decoder's.
+
+    No mask tells of the order in which a decoder makes its queries, so ``query_summary="auto"`` judges a tile
+    of them by its first alone: else later ones would have a say in what earlier ones see.
+    """
+    judged_by = "first" if config.query_summary == "auto" else config.query_summary
+    return replace(config, query_summary=judged_by, self_attention=False)
+
+
 def attend_chosen(
     learned: BlockSparseAdaptive,
+    config: AdaptiveConfig,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -53,7 +65,8 @@ def attend_chosen(
     form: str | None,
     average: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over the tiles that ``learned`` chooses; ``masks.bias`` is the same for all queries."""
+    """Attention over the tiles that ``learned`` chooses by ``config``; ``masks.bias`` is the same for all
+    queries."""
     if form != "sparse" and not (q.numel() and k.numel()):
         return q * 0.0, None if form is None else q.new_zeros((*q.shape[:3], k.shape[2]))
     padding, key_bias = masks.padding, None
@@ -72,6 +85,7 @@ def attend_chosen(
         dropout=dropout if dropout < 1.0 else 0.0,
         form=form,
         average=average,
+        config=config,
     )
     return out if dropout < 1.0 else F.dropout(out, dropout), shares
 

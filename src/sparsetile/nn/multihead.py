@@ -15,7 +15,7 @@ from sparsetile.functional import merge_attention, sparse_attention
 from sparsetile.kernels.select import check_name
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.nn.adaptive import AdaptiveConfig, BlockSparseAdaptive
-from sparsetile.nn.learned import attend_chosen, kept_by, refuse_mask
+from sparsetile.nn.learned import across, attend_chosen, kept_by, refuse_mask
 from sparsetile.nn.masks import Masks, MultiheadError, check_inputs, masks_of
 from sparsetile.nn.plan import Planned, SparsePlan
 from sparsetile.nn.weights import (
@@ -38,7 +38,9 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
 
     With an :class:`AdaptiveConfig` the submodule ``learned``, a :class:`BlockSparseAdaptive`, chooses the
     tiles of every input: its parameters, losses and views are there. Then ``attn_mask`` may be the causal
-    mask alone (with ``is_causal=True`` and L = S), and no keys are appended.
+    mask alone (with ``is_causal=True`` and L = S), and no keys are appended. Where ``key`` is not the very
+    tensor that ``query`` is, a tile of queries is judged by its first (``query_summary="auto"``), so that a
+    decoder's later queries have no say in what its earlier ones see.
 
     It differs in three places: a query that may attend no key gets attention 0 (then the output projection)
     where ``nn.MultiheadAttention`` gives NaN; weights that were asked for are those of the kept keys, 0
@@ -129,6 +131,7 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
         if isinstance(kept, SparsePlan):
             self.plan = kept
         else:
+            self._across = across(kept)
             weight = self.out_proj.weight
             self.learned = BlockSparseAdaptive(
                 kept,
@@ -236,7 +239,7 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
         if self.learned is not None and attn_mask is not None and not masks.is_causal:
             refuse_mask(attn_mask, q.shape[2], k.shape[2])
         form = weights if need_weights else None
-        out, shares = self._attend(q, k, v, masks, form, average_attn_weights)
+        out, shares = self._attend(q, k, v, masks, form, average_attn_weights, key is query)
         if not batched:
             out = out.squeeze(0).transpose(0, 1).flatten(1)
         elif self.batch_first:
@@ -266,9 +269,9 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
         return [q, F.linear(key, k_rows, k_bias), F.linear(value, v_rows, v_bias)]
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, form: str | None, average: bool
+        self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, form: str | None, average: bool, itself: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """(``[B, H, L, D]``, the weights in that form or None)."""
+        """(``[B, H, L, D]``, the weights in that form or None); ``itself``: keys are the queries' tokens."""
         appended = self._appended(q)
         dropout = self.dropout if self.training else 0.0
         # Weights that are dropped out must be those that made the output, so they make it themselves.
@@ -286,8 +289,9 @@ class BlockSparseRingMultiheadDilatedAttention(Planned, nn.MultiheadAttention):
             )
         shares: Tensor | None
         if self.learned is not None:
-            of_chosen = (self.learned, q, k, v, masks, 0.0 if by_weights else dropout)
-            out, shares = attend_chosen(*of_chosen, form, average and form == "sparse")
+            config = self.learned.config if itself else self._across
+            call = (self.learned, config, q, k, v, masks, 0.0 if by_weights else dropout)
+            out, shares = attend_chosen(*call, form, average and form == "sparse")
         else:
             pattern = self.plan.attended(masks.is_causal)
             out, lse = self._kept(q, k, v, pattern, masks, 0.0 if by_weights else dropout)
