@@ -16,7 +16,7 @@ from pattern_draws import runs
 from sparsetile.adaptive import ImportanceScorer, gumbel, own_tiles, reach, search, select_tiles
 from sparsetile.adaptive.config import AdaptiveConfig
 from sparsetile.adaptive.scorer import FORMS, Features
-from sparsetile.adaptive.search import two_level_tiles
+from sparsetile.adaptive.search import bounds_of_runs, two_level_tiles
 from sparsetile.errors import ArgumentError
 
 BLOCK = 16
@@ -43,12 +43,39 @@ def one_row(order, best, own, sink):
     return [own if own in order else -1, *(c for c in ranked if c != own)]
 
 
-@runs(60)
+def bounds_written_out(scorer, features, ranges, b, g):
+    """The most that a score of query tile i can be with features of a key tile between ``ranges[1]`` and
+    ``ranges[0]`` ``[G, runs, 8]``: one product at a time, ``[nq, runs]``."""
+    own = 0 if scorer.num_heads is None else g
+    weight = None if scorer.form != "mlp" else scorer.output_weight[own]
+    out = []
+    for i in range(features.a.shape[2]):
+        a, row = features.a[b, g, i], []
+        for most, least in zip(ranges[0, g], ranges[1, g], strict=True):
+            if scorer.form == "mlp":
+                ends = [weight * torch.relu(a + x) for x in (most, least)]
+                row.append(torch.maximum(*ends).sum() + scorer.b2.reshape(-1)[own])
+                continue
+            ends = torch.stack((a * most, a * least))
+            high, low = ends.amax(0), ends.amin(0)
+            if scorer.form == "bilinear":
+                row.append(high.sum())
+                continue
+            total = torch.zeros(())
+            for j, gate in enumerate(features.gates[b, g, i]):
+                part = slice(4 * j, 4 * j + 4)
+                total += max(gate * torch.relu(high[part].sum()), gate * torch.relu(low[part].sum()))
+            row.append(total)
+        out.append(torch.stack(row))
+    return torch.stack(out).detach()
+
+
+@runs(40)
 @given(
     st.sampled_from(FORMS),
     st.sampled_from([None, 2]),
-    st.integers(1, 900),
-    st.none() | st.integers(1, 900),
+    st.integers(1, 700),
+    st.none() | st.integers(1, 400),
     st.sampled_from([2, 4]),
     st.integers(1, 3),
     st.integers(1, 9),
@@ -84,24 +111,17 @@ def test_search_is_the_definition(
     home = own_tiles(nq, nk, **where).tolist()
     for b in range(2):
         live = [c for c in range(nk) if valid is None or valid[b, c]]
-        means = []
-        for run in range(count):
-            inside = [c for c in live if c // span == run]
-            # As many roundings as the package: none, a sum of integers, and one division.
-            total = features.b[b, :, inside].sum(1)
-            means.append(total / max(1, len(inside)))
-        means = torch.stack(means, 1)
-        of_runs = Features(features.a[b : b + 1], means[None], features.gates)
-        if features.gates is not None:
-            of_runs = of_runs._replace(gates=features.gates[b : b + 1])
-        runs_of = scorer.rows(of_runs, 0, nq)[0]
+        ranges = torch.zeros(2, 2, count, 8)
+        for run in {c // span for c in live}:
+            inside = features.b[b, :, [c for c in live if c // span == run]]
+            ranges[0, :, run], ranges[1, :, run] = inside.amax(1), inside.amin(1)
+        bounds = [bounds_written_out(scorer, features, ranges, b, g) for g in range(2)]
         tiles_of = scorer.rows(features, 0, nq)[b]
         for g in range(2):
             for i in range(nq):
                 far = min(last[i], home[i]) if is_causal else nk - 1
                 values = []
-                for x, turn in ((runs_of, search._OF_RUNS), (tiles_of, 0)):
-                    x = x[g, i]
+                for x, turn in ((bounds[g][i], search._OF_RUNS), (tiles_of[g, i], 0)):
                     if noise is not None:
                         at = (torch.tensor(2 * b + g), torch.tensor(i), torch.arange(len(x)))
                         x = gumbel(noise ^ turn, *at) + x / 2.0
@@ -157,6 +177,20 @@ def test_the_future_and_the_length_change_nothing():
         assert torch.equal(cut, before[:, :, : now + 1]), now
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("heads", [None, 3])
+def test_no_tile_scores_above_the_bound_of_its_run(form, heads):
+    rng = torch.Generator().manual_seed(fresh().getrandbits(60))
+    scorer = ImportanceScorer(12, 8, form=form, num_heads=heads)
+    features = scorer.features(*(torch.randn(2, 3, n, 12, generator=rng) for n in (30, 150)))
+    features = Features(*(None if x is None else x.detach() for x in features))
+    valid = torch.rand(2, 150, generator=rng) < 0.5
+    bounds = scorer.rows(bounds_of_runs(scorer, features, ~valid), 0, 30).detach()
+    scores = scorer.rows(features, 0, 30).detach().masked_fill(~valid[:, None, None], -math.inf)
+    best = torch.nn.functional.pad(scores, (0, 10), value=-math.inf).unflatten(-1, (-1, 16)).amax(-1)
+    assert (best <= bounds + 1e-5).all()
+
+
 @pytest.mark.parametrize("form", ["mlp", "bilinear"])
 def test_it_finds_most_of_what_the_full_search_does(form):
     """Key tiles as text has them: each like its neighbours (correlation 0.97 from tile to tile)."""
@@ -184,9 +218,7 @@ def test_the_kernels_choose_the_same(is_causal, monkeypatch):
     scorer = ImportanceScorer(5, 8)
     nq, nk = 6, 90
     features = whole(scorer, rng, (1, 1), nq, nk)
-    # All of a run or none, so that the means of 16 are exact, too; the last has 10 tiles.
-    valid = (torch.rand(1, 6, generator=rng) < 0.8).repeat_interleave(16, 1)[:, :nk]
-    valid[:, 80:] = False
+    valid = torch.rand(1, nk, generator=rng) < 0.8
     limit = torch.randint(1, 5, (nq,), generator=rng)
     where = {
         "is_causal": is_causal, "offset_tokens": (nk - nq) * 128 + draw.randrange(128), "block": 128,
@@ -195,6 +227,23 @@ def test_the_kernels_choose_the_same(is_causal, monkeypatch):
     expected = two_level_tiles(scorer, features, 4, limit, **where)
     monkeypatch.setattr(search, "in_one_kernel", lambda *given: True)
     assert torch.equal(two_level_tiles(scorer, features, 4, limit, **where), expected)
+
+
+@pytest.mark.parametrize("neighbours", [0.0, 0.9])
+def test_it_finds_a_tile_that_stands_out(neighbours):
+    """One tile ten deviations above the others, that are as random, or as like their neighbours."""
+    fresh()
+    n, k = 8192, 16
+    scorer = ImportanceScorer(64, 64, form="bilinear")
+    keys, queries = torch.randn(n, 64), torch.randn(128, 64)
+    for i in range(1, n):
+        keys[i] = neighbours * keys[i - 1] + math.sqrt(1 - neighbours**2) * keys[i]
+    place = torch.randperm(n)[:128]
+    keys[place] += 10 * queries / queries.norm(dim=1, keepdim=True)
+    features = scorer.features(queries[None, None], keys[None, None])
+    where = {"is_causal": False, "offset_tokens": 0, "block": 128, "temperature": torch.tensor(1.0)}
+    chosen = two_level_tiles(scorer, features, k, torch.full((128,), k), **where)
+    assert (chosen[0, 0] == place[:, None]).any(-1).float().mean() > 0.9
 
 
 def test_noise_gives_every_tile_its_chance():

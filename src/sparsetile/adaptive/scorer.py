@@ -164,9 +164,9 @@ class ImportanceScorer(nn.Module):
             if self.form == "indexer":
                 assert gates is not None
                 gates = gates[:, :, start:stop]
-                a, b = (torch.unflatten(x, -1, (self.sub_heads, -1)) for x in (a, b))
+                a, b = (torch.unflatten(x, -1, (gates.shape[-1], -1)) for x in (a, b))
                 score = torch.zeros((), dtype=a.dtype, device=a.device)
-                for j in range(self.sub_heads):
+                for j in range(gates.shape[-1]):
                     score = score + (a[..., j, :] @ b[..., j, :].mT).relu() * gates[..., j, None]
                 return score
             weight = self.output_weight.mT[..., None, None]

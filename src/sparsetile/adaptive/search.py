@@ -1,15 +1,19 @@
 """The search of long rows in two levels: runs of key tiles first, then the tiles of the best runs.
 
-Scoring every pair of tiles costs O(nq·nk), which above 64K tokens is what choosing tiles costs at all. So a
-run of :data:`SPAN` consecutive key tiles is scored first, by the mean of its tiles' features: a scorer's
-features are linear in a tile's summary, so it is the score of the run's mean summary. Then the tiles of the
-best runs alone are scored::
+Scoring every pair of tiles costs O(nq·nk), which above 64K tokens is what choosing tiles costs at all. So
+runs of :data:`SPAN` consecutive key tiles are scored first, each by a bound of its tiles' scores, and then
+the tiles of the best runs alone::
 
-    runs of row i   = own run ∪ sink's run ∪ best runs j of s(q̄_i, mean of k̄ over run j)    S_i in all
-    S_i             = max(32, 2·k_i)                         for k_i tiles that the row keeps
+    runs of row i   = own run ∪ sink's run ∪ best runs r by their bounds ŝ_ir        S_i in all
+    S_i             = max(32, 2·k_i)                     for k_i tiles that the row keeps
     tiles of row i  = what ``select_tiles`` chooses, from these runs' tiles
 
-which is O(nq·(nk/16 + 16·S)). It is not exact: a tile that stands out from a run of others can be missed.
+which is O(nq·(nk/16 + 16·S)). The bound, ŝ_ir ≥ s_ij for every tile j of run r, takes for each feature of the
+key tiles its largest or smallest value in the run, whichever scores more (:func:`bounds_of_runs`), as Quest
+does for pages of keys (Tang et al. 2024, arXiv:2406.10774, section 3.2). So a tile that scores above the
+bounds of all but S − 1 runs is never missed; others may be: the search is not exact. The score of the run's
+mean finds more of a smooth landscape and far fewer single tiles that stand out: docs/notes/select-tuning.md.
+
 A row with at most 32·16 = 512 tiles to choose from keeps all its runs, so it is searched in full. S_i depends
 on the row alone, and in causal calls a run is judged only if it ends before the row's own tile (the run with
 the own tile is always kept, and its tiles are judged singly), so what a row keeps depends on its past alone.
@@ -82,7 +86,7 @@ def two_level_tiles(
         "sink": sink,
         "span": SPAN,
     }
-    of_runs = features._replace(b=tile_summaries(features.b, SPAN, padding=padding))
+    of_runs = bounds_of_runs(scorer, features, padding)
     count = of_runs.b.shape[2]
     most = min(max(LEAST_RUNS, _RUNS_PER_TILE * k), count)
     first: dict[str, Any] = {
@@ -90,7 +94,7 @@ def two_level_tiles(
         "valid_keys": None if padding is None else valid_tiles(padding, SPAN),
     }
     if in_one_kernel(scorer, features, most):
-        runs = chosen_rows(features.a, of_runs.b, scorer.output_weight, most, **first, **where)
+        runs = chosen_rows(of_runs.a, of_runs.b, scorer.output_weight, most, **first, **where)
     else:
         shape = (batch, groups, nq, count)
         runs = select_tiles(
@@ -111,6 +115,35 @@ def two_level_tiles(
     chunk = max(1, _CHUNK_TERMS // (batch * groups * most * SPAN * features.b.shape[3]))
     tiles = select_tiles(rows, (batch, groups, nq, nk), k, chunk=chunk, **second, **where).indices
     return at_most(tiles, limit)
+
+
+def bounds_of_runs(scorer: ImportanceScorer, features: Features, padding: Tensor | None) -> Features:
+    """Features of runs of key tiles, of which ``scorer.rows`` makes upper bounds of the tiles' scores::
+
+        mlp        Σ_h w_h·ReLU(a_h + b_h)     rises with b_h where w_h > 0, falls where w_h < 0
+        bilinear   a·b ≤ a⁺·max b + a⁻·min b   a⁺ = max(a, 0), a⁻ = min(a, 0)
+        indexer    Σ_j g_j·ReLU(a_j·b_j)       g_j⁺ with that bound of a_j·b_j, g_j⁻ with the opposite one
+
+    Args:
+        features: of all query and key tiles.
+        padding: bool ``[B, nk]``, True = ignore the key tile; a run of such tiles alone has no meaning.
+    """
+    both = tile_summaries(features.b, SPAN, pooling="max_min", padding=padding)
+    most, least = both.chunk(2, -1)
+    a, gates = features.a, features.gates
+    if scorer.form == "mlp":
+        return Features(a, torch.where(scorer.output_weight[:, None] > 0.0, most, least))
+    if scorer.form == "bilinear":
+        return Features(torch.cat((a.clamp(min=0.0), a.clamp(max=0.0)), -1), both)
+    assert gates is not None
+    a, most, least = (torch.unflatten(x, -1, (gates.shape[-1], -1)) for x in (a, most, least))
+    signs = torch.cat((a.clamp(min=0.0), a.clamp(max=0.0)), -1)
+    above, below = torch.cat((most, least), -1), torch.cat((least, most), -1)
+    return Features(
+        torch.cat((signs, signs), -2).flatten(-2),
+        torch.cat((above, below), -2).flatten(-2),
+        torch.cat((gates.clamp(min=0.0), gates.clamp(max=0.0)), -1),
+    )
 
 
 def in_one_kernel(scorer: ImportanceScorer, features: Features, places: int) -> bool:
