@@ -27,9 +27,7 @@ from sparsetile.recall.arms import (
 )
 
 SHAPE = Shape(length=512, block=16, density=0.2, heads=2, head_dim=16, device=torch.device("cpu"))
-CONFIG = AdaptiveConfig(
-    base_sparsity=0.8, block_size=16, form="bilinear", hidden_dim=16, distillation="kept"
-)
+CONFIG = AdaptiveConfig(base_sparsity=0.8, block_size=16, form="bilinear", hidden_dim=16, distillation="kept")
 
 
 def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +135,7 @@ def test_random_tiles_stay_the_same_and_differ_by_seed() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="one of dense, oracle, .* Did you mean 'learned'"):
+    with pytest.raises(ArgumentError, match=r"one of dense, oracle, .* Did you mean 'learned'"):
         attends_of("lerned", SHAPE, 1, CONFIG)
     attend = made("local")
     assert attend.kept is not None

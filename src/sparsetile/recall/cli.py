@@ -31,8 +31,8 @@ _SIZES: dict[str, dict[str, Any]] = {
         "block": 16,
         "keys": 256,
         "batch": 4,
-        "steps": 200,
-        "short_batch": 32,
+        "steps": 160,
+        "short_batch": 16,
         "held_out": 64,
         "seeds": 3,
     },
@@ -42,7 +42,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         "keys": 1024,
         "batch": 8,
         "steps": 250,
-        "short_batch": 64,
+        "short_batch": 32,
         "held_out": 128,
         "seeds": 5,
     },
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     task.add_argument("--width", type=positive, default=64, metavar="W", help="default 64")
     task.add_argument("--heads", type=positive, default=1, metavar="H", help="default 1")
     training = parser.add_argument_group("training, the same for all arms")
-    training.add_argument("--steps", type=positive, metavar="N", help="default 200; gpu: 250")
+    training.add_argument("--steps", type=positive, metavar="N", help="default 160; gpu: 250")
     training.add_argument("--batch", type=positive, metavar="B", help="sequences a step (default 4; gpu: 8)")
     training.add_argument(
         "--lr", type=_above_zero, default=0.001, metavar="R", help="highest (default 0.001)"
@@ -97,6 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=_SHORT_STEPS,
         metavar="N",
         help=f"dense steps before, over {_SHORT_LENGTH} tokens (default {_SHORT_STEPS})",
+    )
+    training.add_argument(
+        "--held-out", type=positive, metavar="N", help="fresh sequences to measure on (default 64; gpu: 128)"
     )
     learned = parser.add_argument_group("the learned arm")
     learned.add_argument("--form", choices=FORMS, default="bilinear", help="of the scorer (default bilinear)")
@@ -206,7 +209,7 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, list[str], list[int]]:
         scorer_lr=args.scorer_lr,
         distillation_weight=args.distillation_weight,
         explored=args.explored,
-        held_out=sizes["held_out"],
+        held_out=size("held_out"),
         device=device,
         dtype=("bf16" if device == "cuda" else "fp32") if args.dtype == "auto" else args.dtype,
     )
