@@ -257,8 +257,8 @@ def collect_rows(
                 edge = tl.load(edges + entry)
             # The first of 32 columns; the others, which stay as they are, make a row each warp's own.
             column = tl.arange(0, 32)[None, :]
-            keep = (column == 0) & (key_in_tile == BLOCK_K - N)
-            tl.store(tile_grad[:, None] + edge + column, tile_sum[:, None], mask=keep)
+            stored = (column == 0) & (key_in_tile == BLOCK_K - N)
+            tl.store(tile_grad[:, None] + edge + column, tile_sum[:, None], mask=stored)
         if bias_grad_rows is not None:
             bias_grad_at = bias_grad_rows[:, None] + (key0 + keys)[None, :]
             if check:
