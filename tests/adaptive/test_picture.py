@@ -22,20 +22,20 @@ def fresh():
 
 
 def drawn(length=85, heads=4):
-    """q, k, v and the layout of chosen tiles: each row's own and some of its past, by key-value head."""
+    """q, k and the layout of chosen tiles: each row's own and some of its past, by key-value head."""
     q = torch.randn(1, heads, length, 8, dtype=torch.float64)
-    k, v = torch.randn(2, 1, 2, length, 8, dtype=torch.float64)
+    k = torch.randn(1, 2, length, 8, dtype=torch.float64)
     count = -(-length // BLOCK)
     chosen = (torch.rand(2, count, count) < 0.4).tril(-1) | torch.eye(count, dtype=torch.bool)
     indices = torch.where(chosen, torch.arange(count), -1)[None].repeat_interleave(heads // 2, 1)
     layout = BlockLayout.from_topk(indices.int(), length, length, BLOCK, True)
-    return q, k, v, layout, chosen.repeat_interleave(heads // 2, 0)
+    return q, k, layout, chosen.repeat_interleave(heads // 2, 0)
 
 
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_numbers_equal_attention_written_out(scale):
-    q, k, v, layout, chosen = drawn()
-    view = TileView.of(q, k, v, layout, scale)
+    q, k, layout, chosen = drawn()
+    view = TileView.of(q, k, layout, scale)
     assert torch.equal(view.kept, chosen)
     logits = q @ k.repeat_interleave(2, 1).mT * (scale or 1 / math.sqrt(8))
     ahead = torch.ones(85, 85, dtype=torch.bool).triu(1)
@@ -54,12 +54,12 @@ def test_numbers_equal_attention_written_out(scale):
 
 
 def test_all_tiles_have_all_the_mass():
-    q, k, v, _, _ = drawn()
+    q, k, _, _ = drawn()
     every = torch.arange(6).tile(6, 1)
     layout = BlockLayout.from_topk(
         torch.where(every <= torch.arange(6)[:, None], every, -1)[None, None].int(), 85, 85, BLOCK, True
     )
-    view = TileView.of(q, k, v, layout, None)
+    view = TileView.of(q, k, layout, None)
     one = torch.ones(4, dtype=torch.float64)
     for share in (view.recall, view.best, view.chance, view.density.double()):
         torch.testing.assert_close(share, one)
@@ -84,8 +84,8 @@ def test_outline_is_where_kept_meets_not_kept():
 @pytest.mark.parametrize(("layers", "length"), [(2, 500), (1, 33)])
 def test_a_picture_of_every_layer_and_head(layers, length, tmp_path):
     pytest.importorskip("matplotlib")
-    q, k, v, layout, _ = drawn(length)
-    views = [TileView.of(q, k, v, layout, None)] * layers
+    q, k, layout, _ = drawn(length)
+    views = [TileView.of(q, k, layout, None)] * layers
     path = tmp_path / "kept.png"
     picture.save_grid(views, path, block=BLOCK, length=length, title="a text")
     assert path.read_bytes().startswith(b"\x89PNG")

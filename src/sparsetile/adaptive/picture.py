@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sparsetile.adaptive.losses import dense_mass
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.viz import require_matplotlib, tokens
 
@@ -39,26 +38,31 @@ class TileView:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float | None) -> TileView:
+    def of(cls, q: Tensor, k: Tensor, layout: BlockLayout, scale: float | None) -> TileView:
         """A causal call of one sequence and the layout it kept.
 
         One row of tiles at a time: memory O(block·N), and the n × n numbers that are asked for.
 
         Args:
-            q, k, v: ``[1, H, N, D]``, ``[1, Hkv, N, D]``.
+            q, k: ``[1, H, N, D]``, ``[1, Hkv, N, D]``.
             scale: as in :func:`sparsetile.sparse_attention`.
         """
-        heads, count, block = q.shape[1], layout.q_blocks, layout.block_q
-        options: dict[str, Any] = {"is_causal": True, "key_padding_mask": None, "backend": "auto"}
-        options["scale"] = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
-        rows = [
-            dense_mass(q, k, v, torch.tensor([row], device=q.device), block, **options)[0].cpu().double()
-            for row in range(count)
-        ]
+        (_, heads, length, width), count, block = q.shape, layout.q_blocks, layout.block_q
+        scale = 1.0 / math.sqrt(width) if scale is None else scale
+        q, k = (x[0] if x.dtype == torch.float64 else x[0].float() for x in (q, k))
+        k, place = k.repeat_interleave(heads // len(k), 0).mT, torch.arange(length, device=q.device)
+        mass = torch.zeros(heads, count, count, dtype=torch.float64)
+        for row in range(count):
+            start, stop = row * block, min((row + 1) * block, length)
+            logits = torch.matmul(q[:, start:stop] * scale, k[..., :stop])
+            ahead = place[:stop] > place[start:stop, None]
+            of_keys = logits.masked_fill_(ahead, -math.inf).softmax(-1).sum(1)
+            whole = F.pad(of_keys, (0, (row + 1) * block - stop))
+            mass[:, row, : row + 1] = torch.unflatten(whole, -1, (-1, block)).sum(-1)
         line, column = (x.cpu() for x in layout.rows_and_columns())
         kept = torch.zeros(layout.heads * count, count, dtype=torch.bool)
         kept[line, column] = True
-        return cls(kept.view(layout.heads, count, count).expand(heads, -1, -1), torch.stack(rows, 1))
+        return cls(kept.view(layout.heads, count, count).expand(heads, -1, -1), mass)
 
     @property
     def recall(self) -> Tensor:
@@ -130,8 +134,9 @@ def save_grid(views: Sequence[TileView], path: str | Path, *, block: int, length
         panels[layer, 0].set_ylabel(f"layer {layer + 1}\nquery", fontsize=9)
     for axes in panels[-1]:
         axes.set_xlabel("key", fontsize=9)
+    step = 1 << max(0, math.ceil(math.log2(count / 5)))
     for axis in (panels[0, 0].xaxis, panels[0, 0].yaxis):
-        axis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 4, 8, 10], integer=True))
+        axis.set_major_locator(ticker.MultipleLocator(step))
         axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: tokens(int(value * block))))
     bar = figure.colorbar(image, ax=panels, fraction=0.03, pad=0.015, aspect=30, extend="min")
     bar.set_label("share of a query's dense attention", fontsize=8.5)

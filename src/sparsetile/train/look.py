@@ -103,7 +103,7 @@ def look(model: Model, text: Tensor) -> tuple[list[TileView], int]:
 
         def watch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = attend(q, k, v)
-            views.append(TileView.of(q, k, v, learned.last_layout, learned.scale))
+            views.append(TileView.of(q, k, learned.last_layout, learned.scale))
             return out
 
         return watch
