@@ -274,6 +274,7 @@ def _pace(optimiser: torch.optim.Optimizer, step: int, steps: int) -> None:
 
 
 def _data(settings: Settings, task: Task, batch: int, seed: int, stream: int) -> Iterator[Batch]:
-    generator = torch.Generator(settings.device).manual_seed(3 * seed + stream)
+    # Far from the seeds of weights, whose numbers would be the same.
+    generator = torch.Generator(settings.device).manual_seed((1 << 40) + 3 * seed + stream)
     while True:
         yield task.sample(batch, generator)
