@@ -243,7 +243,8 @@ def check_tiles(arm: str, attend: Attend) -> None:
 def _pattern(arm: str, shape: Shape) -> Fixed:
     options: dict[str, tuple[int, ...]] = {}
     if arm == "dilated":
-        options = {"segment_lengths": (shape.length,), "dilation_rates": (max(1, math.floor(1 / shape.density)),)}
+        rate = max(1, math.floor(1 / shape.density))
+        options = {"segment_lengths": (shape.length,), "dilation_rates": (rate,)}
     tokens = {"global_tokens": 2 * shape.block} if arm == "global+local" else {}
     config = SparsePatternConfig(
         _FAMILIES[arm], sparsity_ratio=shape.density, block_size=shape.block, **tokens
