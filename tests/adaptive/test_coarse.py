@@ -53,7 +53,7 @@ def test_value_and_gradients_equal_those_written_out(case):
     fresh()
     settings = CASES[case]
     is_causal = settings.get("is_causal", False)
-    for dtype, limit in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
+    for dtype, limit in ((torch.float32, 1e-5), (torch.float64, 1e-11), (torch.bfloat16, 1e-2)):
         q, k, v = inputs(q_len=settings.get("q_len", 150), k_len=settings.get("k_len", 150), dtype=dtype)
         leaves = [torch.randn(q.shape, dtype=dtype), q.detach(), k.detach(), v.detach()]
         leaves = [x.transpose(1, 2).requires_grad_() for x in leaves]
@@ -81,8 +81,12 @@ def test_value_and_gradients_equal_those_written_out(case):
             torch.autograd.grad(expected, wide, weight),
             strict=True,
         )
+        # The gate's gradient is a sum over all outputs that may cancel: measured against what is summed.
+        closed = 1 - wide[4].detach().sigmoid().amax()
+        summed = (weight * closed * (expected - wide[0])).norm().item()
         for index, (a, b) in enumerate(pairs):
-            assert (a.double() - b).norm() <= limit * b.norm(), index
+            size = max(b.norm().item(), summed if index == 5 else 0.0)
+            assert (a.double() - b).norm().item() <= limit * size, index
         # The gate opens onto every tile that some query sees, and what nobody sees gets nothing.
         for gradient in (pairs[3][0], pairs[4][0]):
             seen = k.shape[1] // BLOCK * BLOCK if is_causal else k.shape[1]

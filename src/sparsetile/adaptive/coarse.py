@@ -62,10 +62,11 @@ def add_coarse(
         ``[B, H, Nq, D]`` in the dtype of ``out``.
     """
     ignored, bias = _ignored(key_padding_mask, key_bias), None
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     pooled_k, pooled_v = (tile_summaries(x, block, padding=ignored).to(x.dtype) for x in (k, v))
     if key_bias is not None:
         assert ignored is not None
-        bias = for_queries(_log_mean_exp(key_bias, ignored, block), q.shape[2])
+        bias = for_queries(_log_mean_exp(key_bias, ignored, block).to(wide), q.shape[2])
     coarse = sparse_attention(
         q,
         pooled_k,
@@ -79,8 +80,8 @@ def add_coarse(
         enable_gqa=True,
         backend=backend,
     )
-    share = gate.sigmoid().repeat_interleave(q.shape[1] // len(gate))
-    # In the dtype of the gate, of which 16 bits would lose the steps.
+    share = gate.to(wide).sigmoid().repeat_interleave(q.shape[1] // len(gate))
+    # In 16 bits the gate's small steps and half of the digits of its gradient would be lost.
     both: Tensor = out + share[:, None, None] * coarse
     return both.to(out.dtype)
 
@@ -103,4 +104,4 @@ def _ignored(padding: Tensor | None, key_bias: Tensor | None) -> Tensor | None:
 def _log_mean_exp(key_bias: Tensor, ignored: Tensor, block: int) -> Tensor:
     """``[B, Nk]`` → ``[B, ⌈Nk/block⌉]``: log of the mean of exp over a tile's tokens that count, else 0."""
     weight = tile_summaries(key_bias[:, None, :, None], block, pooling="lse", padding=ignored, sub=block)
-    return weight[:, 0, :, 0].to(key_bias.dtype)
+    return weight[:, 0, :, 0]
