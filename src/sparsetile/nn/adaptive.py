@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,9 +20,8 @@ from sparsetile.errors import ArgumentError, explain
 from sparsetile.functional import sparse_attention
 from sparsetile.kernels.dropout import draw_seed
 from sparsetile.kernels.select import check_name
-from sparsetile.layout.blocks import BlockLayout
 from sparsetile.nn.adaptive_weights import chosen_weights
-from sparsetile.nn.scored import Scored
+from sparsetile.nn.remembered import Last, Remembering
 from sparsetile.nn.weights import check_dense_size, check_form
 
 __all__ = ["AdaptiveConfig", "BlockSparseAdaptive"]
@@ -31,7 +30,7 @@ _SAMPLED_ROWS = 8
 """Rows of each group that the flatness of scores is taken over."""
 
 
-class BlockSparseAdaptive(Scored):
+class BlockSparseAdaptive(Remembering):
     """Block-sparse attention whose tiles are chosen for each input by a learned scorer.
 
     For each batch element and selection group (a key-value head with its query heads, or each query head)::
@@ -109,7 +108,6 @@ class BlockSparseAdaptive(Scored):
         check_name(backend)
         super().__init__(config, num_heads, head_dim, num_kv_heads, device, dtype)
         self.scale, self.dropout, self.backend = scale, dropout, backend
-        self._last: _Last | None = None
 
     def forward(
         self,
@@ -244,7 +242,7 @@ class BlockSparseAdaptive(Scored):
                 sparsity = self._excess(seen, places)
         geometry = (seen.heads, seen.q_len, seen.k_len, seen.block, seen.is_causal)
         chosen = torch.where(places.valid, places.column, -1)
-        self._last = _Last(chosen, geometry, _density(seen, places), distillation, sparsity)
+        self._last = Last(chosen, geometry, _density(seen, places), distillation, sparsity)
         if self.coarse_gate is not None:
             out = add_coarse(
                 out,
@@ -309,48 +307,7 @@ class BlockSparseAdaptive(Scored):
                 )
             )
 
-    # -- losses ---------------------------------------------------------------------------------------
-
-    def distillation_loss(self) -> Tensor:
-        """How far the scorer is from the attention's true mass, of the last forward in training::
-
-            mean over rows of KL(m / Σm ‖ softmax(s/τ)),   m_e = Σ of the weights of tile e
-
-        over the scored tiles of a row: those that were kept (``distillation="kept"``: m_e = ∂ Σ lse / ∂β_e,
-        a backward pass of the kernels from the saved log-sum-exp), or all, under dense attention, in one row
-        of tiles that each forward draws (``"sampled"``, for warm-up). Its gradient reaches the scorer alone:
-        not q, k, v, θ or τ.
-
-        Raises:
-            ArgumentError: no such forward, or ``distillation="none"``.
-        """
-        if self.config.distillation == "none":
-            _refuse_loss("distillation_loss()", "AdaptiveConfig(distillation='kept' or 'sampled')", "'none'")
-        if self._last is None or self._last.distillation is None:
-            _refuse_loss("distillation_loss()", "a forward in training before, with gradients", "none")
-        return self._last.distillation
-
-    def sparsity_loss(self) -> Tensor:
-        """How far the last forward in training was from the density asked for, for ``selection="top_p"``::
-
-            (d + u − stop_gradient(u) − (1 − base_sparsity))²,    u = −mean_i log std_j(s_ij / τ)
-
-        d is the density that was used (:attr:`last_density`): the value is how far that is from what was
-        asked for. A count has no gradient, so it takes that of u, the flatness of the scores that a row may
-        choose from: flatter scores spread the predicted mass over more tiles. On log τ it is
-        2·(d − (1 − base_sparsity)), however peaked or flat the scores have become. u is taken over a few rows
-        of tiles that each forward draws. The gradient reaches the scorer, τ, q and k.
-
-        Raises:
-            ArgumentError: no such forward, or ``selection="top_k"``, whose density is fixed.
-        """
-        if self.config.selection != "top_p":
-            _refuse_loss(
-                "sparsity_loss()", "selection='top_p'", "'top_k', which keeps a fixed number of tiles"
-            )
-        if self._last is None or self._last.sparsity is None:
-            _refuse_loss("sparsity_loss()", "a forward in training before, with gradients", "none")
-        return self._last.sparsity
+    # -- what the losses are taken of ---------------------------------------------------------------
 
     def _kept_divergence(self, seen: Seen, places: Places, mass: Tensor) -> Tensor:
         features = self.scorer.features(seen.q_sum.detach(), seen.k_sum.detach())
@@ -387,76 +344,9 @@ class BlockSparseAdaptive(Scored):
         used = _density(seen, places).to(flatness.dtype)
         return (used + (flatness - flatness.detach()) - self.config.density).square()
 
-    # -- views ----------------------------------------------------------------------------------------
-
-    @property
-    def last_density(self) -> Tensor:
-        """Tiles kept ÷ tiles to choose from (those of the causal triangle when causal, and none of ignored
-        keys alone) in the last forward: a scalar on the device, so that nobody waits for it.
-
-        Raises:
-            ArgumentError: there was no forward.
-        """
-        return self._known().density
-
-    @property
-    def last_tiles(self) -> Tensor:
-        """int64 ``[B, G, q_blocks]``: tiles that each row kept in the last forward."""
-        return (self._known().chosen >= 0).sum(-1)
-
-    @property
-    def last_layout(self) -> BlockLayout:
-        """The layout of the last forward."""
-        last = self._known()
-        return Places.of(last.chosen, *last.geometry).layout
-
-    def _known(self) -> _Last:
-        if self._last is None:
-            raise ArgumentError(
-                explain("the last forward", expected="one", got="none", fix="Call the module first.")
-            )
-        return self._last
-
-    def layout_for(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises ArgumentError: no layout belongs to lengths alone; see :attr:`last_layout`."""
-        self._refuse_view("layout_for", "last_layout")
-
-    def density_for(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises ArgumentError: tiles are chosen by the input; see :attr:`last_density`."""
-        self._refuse_view("density_for", "last_density")
-
-    def _refuse_view(self, name: str, instead: str) -> NoReturn:
-        raise ArgumentError(
-            explain(
-                name,
-                expected="a module with a fixed pattern",
-                got=f"{type(self).__name__}, which learns it and chooses tiles for each input",
-                fix=f"Call the module, and ask for its {instead}.",
-            )
-        )
-
     def extra_repr(self) -> str:
         return f"{self.config!r}\nchosen: {self.chosen}" if self.chosen else repr(self.config)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What the last forward left may hold its graph: copies and pickles start without.
-        return self.__dict__ | {"_last": None}
-
-
-class _Last(NamedTuple):
-    """What the last forward left: tiles ``[B, G, q_blocks, k]`` (−1: unused), the rest of what
-    ``Places.of`` takes, the density, and the losses of a forward in training."""
-
-    chosen: Tensor
-    geometry: tuple[int, int, int, int, bool]
-    density: Tensor
-    distillation: Tensor | None
-    sparsity: Tensor | None
 
 
 def _density(seen: Seen, places: Places) -> Tensor:
     return places.valid.sum() / seen.choices().clamp(min=1)
-
-
-def _refuse_loss(name: str, expected: str, got: str) -> NoReturn:
-    raise ArgumentError(explain(name, expected=expected, got=got, fix="See its docstring."))
