@@ -182,7 +182,7 @@ def draw(path: Path, result: dict[str, Any]) -> str | None:
     from matplotlib.figure import Figure
 
     arms, task = by_arm(result["runs"]), result["settings"]["task"]
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
     for place, (arm, some) in enumerate(arms.items()):
         colour = f"C{list(ARMS).index(arm)}"
@@ -206,7 +206,7 @@ def draw(path: Path, result: dict[str, Any]) -> str | None:
     left.set_title(f"block-MQAR, {task['length']:,} tokens, {result['settings']['density']:.0%} of the tiles")
     right.set(ylim=(0, 1.05), xlabel="step with the arm's own attention", ylabel="queries answered right")
     right.set_title("over training, from equal weights")
-    right.legend(fontsize=7, loc="center right")
+    right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
