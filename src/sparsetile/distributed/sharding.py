@@ -1,0 +1,140 @@
+"""Sharding: which rank holds which positions of one sequence, in whole tiles.
+
+Ranks own whole tiles, so that what the ranks exchange, and what kernels read, is never less than a tile. A
+rank keeps its tiles in ascending order; with that, the last tile of the sequence, which may be short, is the
+last one of its owner, and a rank's tokens lie packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sparsetile.errors import ArgumentError, explain
+from sparsetile.layout.check import BLOCK_SIZES
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Positions ``0 … length − 1`` over ``ranks``, by tiles of ``block`` tokens.
+
+    The tiles are cut into chunks of consecutive tiles, as evenly as whole tiles allow: the first ``tiles mod
+    chunks`` chunks have one more. With fewer tiles than ranks some ranks own nothing.
+
+    Attributes:
+        length: tokens of the whole sequence, any number ≥ 1.
+        ranks: how many ranks hold it.
+        block: tokens of a tile; the last tile may be shorter.
+        order: None: one chunk a rank, in order (contiguous). Else the chunks as they are dealt: a
+            permutation of ``0 … C − 1``, ``C`` a multiple of ``ranks``, of which rank ``r`` gets
+            ``order[r·C/ranks : (r + 1)·C/ranks]``.
+
+    Raises:
+        ArgumentError: a value is not as above.
+    """
+
+    length: int
+    ranks: int
+    block: int
+    order: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("length", "ranks"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise _bad(name, "an integer ≥ 1", value, "Count tokens and processes of the group.")
+        if self.block not in BLOCK_SIZES:
+            raise _bad("block", f"one of {BLOCK_SIZES}", self.block, "Take the tile edge of the layout.")
+        if self.order is None:
+            return
+        order = tuple(self.order)
+        fits = len(order) > 0 and len(order) % self.ranks == 0
+        if not fits or any(type(c) is not int for c in order) or sorted(order) != list(range(len(order))):
+            shown = str(order) if len(order) <= 16 else f"{len(order)} chunks"
+            raise _bad(
+                "order",
+                f"a permutation of 0 … C − 1 with C a multiple of {self.ranks} ranks",
+                shown,
+                "Use Sharding.balanced() for causal attention.",
+            )
+        object.__setattr__(self, "order", order)
+
+    @classmethod
+    def contiguous(cls, length: int, ranks: int, block: int) -> Sharding:
+        """Rank 0 has the first tiles, rank 1 the next, …: a window reaches into neighbours alone."""
+        return cls(length, ranks, block)
+
+    @classmethod
+    def balanced(cls, length: int, ranks: int, block: int) -> Sharding:
+        """Two chunks a rank, ``r`` and ``2·ranks − 1 − r``: with causal attention early rows, which have
+        little to do, go with late ones."""
+        if type(ranks) is not int or ranks < 1:
+            raise _bad("ranks", "an integer ≥ 1", ranks, "Count the processes of the group.")
+        return cls(length, ranks, block, tuple(c for r in range(ranks) for c in (r, 2 * ranks - 1 - r)))
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the whole sequence."""
+        return -(-self.length // self.block)
+
+    def tile_owner(self) -> Tensor:
+        """int64 ``[tiles]``: the rank that holds each tile."""
+        return self._tables[0]
+
+    def local_index(self) -> Tensor:
+        """int64 ``[tiles]``: the place of each tile among those of its owner."""
+        return self._tables[1]
+
+    def tile_counts(self) -> Tensor:
+        """int64 ``[ranks]``: how many tiles each rank holds."""
+        return self._tables[3].diff()
+
+    def tiles_of(self, rank: int) -> Tensor:
+        """int64, ascending: the tiles of a rank in the order in which it keeps them."""
+        self._check(rank)
+        _, _, by_rank, starts = self._tables
+        return by_rank[int(starts[rank]) : int(starts[rank + 1])]
+
+    def tokens_of(self, rank: int) -> int:
+        """Tokens of a rank; 0 if it owns nothing."""
+        tiles = self.tiles_of(rank)
+        if not tiles.numel():
+            return 0
+        missing = self.tiles * self.block - self.length if int(tiles[-1]) == self.tiles - 1 else 0
+        return tiles.numel() * self.block - missing
+
+    def positions_of(self, rank: int) -> Tensor:
+        """int64 ``[tokens_of(rank)]``, ascending: where the tokens of a rank stand in the whole sequence
+        (what rotary embeddings need)."""
+        each = self.tiles_of(rank)[:, None] * self.block + torch.arange(self.block)
+        return each.flatten()[: self.tokens_of(rank)]
+
+    def _check(self, rank: int) -> None:
+        if type(rank) is not int or not 0 <= rank < self.ranks:
+            raise _bad("rank", f"0 … {self.ranks - 1}", rank, "Ranks count within the group.")
+
+    @cached_property
+    def _tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Owner and local place of each tile; the tiles by rank, and where each rank's start."""
+        tiles = self.tiles
+        order = torch.arange(self.ranks) if self.order is None else torch.tensor(self.order)
+        chunks = order.numel()
+        owner_of = torch.empty_like(order)
+        owner_of[order] = torch.arange(chunks) // (chunks // self.ranks)
+        sizes = torch.full((chunks,), tiles // chunks)
+        sizes[: tiles % chunks] += 1
+        owner = owner_of.repeat_interleave(sizes, output_size=tiles)
+        by_rank = owner.argsort(stable=True)
+        starts = torch.zeros(self.ranks + 1, dtype=torch.int64)
+        torch.cumsum(torch.bincount(owner, minlength=self.ranks), 0, out=starts[1:])
+        place = torch.empty_like(owner)
+        place[by_rank] = torch.arange(tiles) - starts[owner[by_rank]]
+        return owner, place, by_rank, starts
+
+
+def _bad(name: str, expected: str, got: object, fix: str) -> ArgumentError:
+    shown = got if isinstance(got, str) else repr(got)
+    return ArgumentError(explain(f"Sharding({name}=…)", expected=expected, got=shown, fix=fix))
