@@ -83,8 +83,8 @@ def test_value_and_gradients_equal_those_written_out(case):
             torch.autograd.grad(expected, wide, weight),
             strict=True,
         )
-        # The gate's gradient is a sum over all outputs that may cancel: measured against what is summed, whose
-        # errors in 16 bits add up to .4 % of its norm, give or take as much.
+        # The gate's gradient is a sum over all outputs that may cancel: measured against what is summed,
+        # whose errors in 16 bits add up to .4 % of its norm, give or take as much.
         closed = (1 - wide[4].detach().sigmoid()).repeat_interleave(4 // len(wide[4]))[:, None, None]
         summed = 2 * (weight * closed * (expected - wide[0])).norm().item()
         for index, (a, b) in enumerate(pairs):
