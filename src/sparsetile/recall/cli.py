@@ -31,7 +31,7 @@ _SIZES: dict[str, dict[str, Any]] = {
         "block": 16,
         "keys": 256,
         "batch": 4,
-        "steps": 160,
+        "steps": 128,
         "short_batch": 16,
         "held_out": 64,
         "seeds": 3,
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     task.add_argument("--width", type=positive, default=64, metavar="W", help="default 64")
     task.add_argument("--heads", type=positive, default=1, metavar="H", help="default 1")
     training = parser.add_argument_group("training, the same for all arms")
-    training.add_argument("--steps", type=positive, metavar="N", help="default 160; gpu: 250")
+    training.add_argument("--steps", type=positive, metavar="N", help="default 128; gpu: 250")
     training.add_argument("--batch", type=positive, metavar="B", help="sequences a step (default 4; gpu: 8)")
     training.add_argument(
         "--lr", type=_above_zero, default=0.001, metavar="R", help="highest (default 0.001)"
