@@ -109,7 +109,7 @@ class Sharding:
     def positions_of(self, rank: int) -> Tensor:
         """int64 ``[tokens_of(rank)]``, ascending: where the tokens of a rank stand in the whole sequence
         (what rotary embeddings need)."""
-        each = self.tiles_of(rank)[:, None] * self.block + torch.arange(self.block)
+        each = self.tiles_of(rank)[:, None] * self.block + torch.arange(self.block, device="cpu")
         return each.flatten()[: self.tokens_of(rank)]
 
     def _check(self, rank: int) -> None:
@@ -119,6 +119,10 @@ class Sharding:
     @cached_property
     def _tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Owner and local place of each tile; the tiles by rank, and where each rank's start."""
+        with torch.device("cpu"):
+            return self._make_tables()
+
+    def _make_tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tiles = self.tiles
         order = torch.arange(self.ranks) if self.order is None else torch.tensor(self.order)
         chunks = order.numel()

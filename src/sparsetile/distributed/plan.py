@@ -1,0 +1,482 @@
+"""Plan: which key-value tiles travel from which rank to which, known before a byte moves.
+
+A *unit* is what is sent or not sent: one key tile of one kv head, or of all kv heads at once where all heads
+share the layout. A rank receives the units that its rows attend and that lie elsewhere, each once, nothing
+else. Where the memory for them is bounded they come in stages; the attention over one stage is an ordinary
+call with a layout whose columns are the stage's buffer.
+
+Everything here is a pure function of the layout and the sharding, without communication, and so the same on
+every rank; :attr:`Plan.hash` is what ranks compare to be sure of it. Time and memory are O(tiles + units),
+besides one bit of work for each (rank, kv head, key tile).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sparsetile.distributed.sharding import Sharding
+from sparsetile.errors import ArgumentError, LayoutError, explain
+from sparsetile.layout.blocks import BlockLayout
+from sparsetile.layout.build import Rows
+from sparsetile.patterns.base import Pattern
+
+_VERSION = 1  # of what a plan means: ranks that mean different things must not exchange
+_LEAST_MARKS = 1 << 26
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What one rank receives and sends in one exchange, and the layout of the attention over it.
+
+    The buffer of received keys (and of values) is ``[groups, width]`` tiles of whole ``block`` tokens, where
+    ``groups`` is 1 if units hold all kv heads, else ``kv_heads``. The short last tile of the sequence takes a
+    whole tile of it; the layout's masks leave out what is past its end.
+
+    Attributes:
+        recv_units: int64 ``[n, 2]``: (tile, kv head) of each received unit in the order of arrival: by
+            source rank, then kv head, then tile. The kv head is 0 if units hold all heads.
+        recv_splits: units from each rank, ``ranks`` integers.
+        slots: int64 ``[n]``: the buffer tile of each received unit, ``head · width + column``. If units hold
+            all kv heads it is 0, 1, …: units lie as they arrive.
+        tiles: int64 ``[groups, width]``: the tile of the sequence in each place of the buffer, −1 in places
+            that stay unused (heads with fewer units than the head with most).
+        send_units: int64 ``[m, 2]``: (tile, kv head) of each unit to send, by destination rank, then in the
+            order in which that rank receives.
+        send_places: int64 ``[m]``: the place of each of these tiles among this rank's own.
+        send_splits: units to each rank.
+        layout: this rank's query tiles × the buffer's columns: ``q_len`` the rank's tokens, ``k_len =
+            width · block``. None if the rank has no tokens or receives nothing in this stage.
+        edges: int64 ``[layout.nnz]``: the place of each of its tiles in :attr:`RankPlan.edges`.
+    """
+
+    recv_units: Tensor
+    recv_splits: list[int]
+    slots: Tensor
+    tiles: Tensor
+    send_units: Tensor
+    send_places: Tensor
+    send_splits: list[int]
+    layout: BlockLayout | None
+    edges: Tensor
+
+    @property
+    def width(self) -> int:
+        """Tiles of the buffer for each kv head (or for all together)."""
+        return self.tiles.shape[1]
+
+    def to(self, device: torch.device | str) -> Stage:
+        """This stage with its tensors on ``device``; the splits are host integers anyway."""
+        names = ("recv_units", "slots", "tiles", "send_units", "send_places", "edges")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, **moved, layout=None if self.layout is None else self.layout.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class RankPlan:
+    """What one rank does.
+
+    Attributes:
+        rank: which.
+        tiles: int64: its own tiles, in the order in which it keeps them.
+        tokens: its tokens.
+        edges: int64: where in the global layout's ``indices`` each tile of its rows stands, in the order
+            (query head, own query tile, key tile).
+        own: its query tiles × its own key tiles (``q_len = k_len = tokens``); None if it has no tokens.
+        own_edges: int64 ``[own.nnz]``: the place of each of these tiles in ``edges``.
+        stages: as many as :attr:`Plan.stages` on every rank; some may be empty.
+    """
+
+    rank: int
+    tiles: Tensor
+    tokens: int
+    edges: Tensor
+    own: BlockLayout | None
+    own_edges: Tensor
+    stages: tuple[Stage, ...]
+
+    def to(self, device: torch.device | str) -> RankPlan:
+        """This plan with its tensors on ``device``."""
+        moved = {name: getattr(self, name).to(device) for name in ("tiles", "edges", "own_edges")}
+        own = None if self.own is None else self.own.to(device)
+        return replace(self, **moved, own=own, stages=tuple(stage.to(device) for stage in self.stages))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Every unit that travels, in the order (destination, stage, source, kv head, tile).
+
+    Attributes:
+        layout: the layout of the whole sequence, on the CPU.
+        sharding: where positions live.
+        kv_heads, group_size: key-value heads, and query heads that share each.
+        ranks_per_node: ranks ``0 … n − 1`` are on the first node, and so on; None: one node.
+        max_remote_tokens: the most tokens of a stage's buffer on any rank, None: no bound.
+        starts: int64 ``[ranks + 1]``: where the units of each destination start.
+        stage, source, head, tile: int64 ``[units]``.
+        stages: how many stages every rank goes through.
+    """
+
+    layout: BlockLayout
+    sharding: Sharding
+    kv_heads: int
+    group_size: int
+    ranks_per_node: int | None
+    max_remote_tokens: int | None
+    starts: Tensor
+    stage: Tensor
+    source: Tensor
+    head: Tensor
+    tile: Tensor
+    stages: int
+
+    @classmethod
+    def from_pattern(
+        cls,
+        pattern: Pattern,
+        sharding: Sharding,
+        *,
+        kv_heads: int = 1,
+        group_size: int = 1,
+        ranks_per_node: int | None = None,
+        max_remote_tokens: int | None = None,
+    ) -> Plan:
+        """The plan of a pattern over ``sharding.length`` tokens; see :func:`make_plan`.
+
+        Raises:
+            PatternError: the pattern does not fit the length or the tiles.
+        """
+        heads = _count("kv_heads", kv_heads) * _count("group_size", group_size)
+        layout = BlockLayout.from_pattern(
+            pattern, sharding.length, block_size=sharding.block, device="cpu", heads=heads
+        )
+        return make_plan(
+            layout,
+            sharding,
+            kv_heads=kv_heads,
+            group_size=group_size,
+            ranks_per_node=ranks_per_node,
+            max_remote_tokens=max_remote_tokens,
+        )
+
+    @property
+    def heads_together(self) -> bool:
+        """Whether a unit holds all kv heads of its tile."""
+        return self.layout.heads == 1
+
+    @property
+    def groups(self) -> int:
+        """kv heads that are told apart: 1 if units hold all of them."""
+        return 1 if self.heads_together else self.kv_heads
+
+    @property
+    def units(self) -> int:
+        """Units that travel."""
+        return self.tile.numel()
+
+    @cached_property
+    def destination(self) -> Tensor:
+        """int64 ``[units]``."""
+        return torch.arange(self.sharding.ranks, device="cpu").repeat_interleave(
+            self.starts.diff(), output_size=self.units
+        )
+
+    @cached_property
+    def hash(self) -> str:
+        """Hex digest of all that ranks must agree on: the layout with its masks, the sharding, heads, nodes
+        and stages, and the meaning of plans itself."""
+        layout = self.layout
+        digest = hashlib.blake2b(digest_size=16)
+        numbers = (*layout.geometry, self.sharding, self.kv_heads, self.group_size, self.ranks_per_node)
+        digest.update(repr((_VERSION, *numbers, self.max_remote_tokens, self.units)).encode())
+        tiles = layout.nnz
+        for tensor in (layout.indptr, layout.indices[:tiles], layout.mask_ids[:tiles], layout.masks):
+            _feed(digest, tensor)
+        return digest.hexdigest()
+
+    def recv_counts(self, rank: int) -> Tensor:
+        """int64 ``[stages, ranks]``: units that ``rank`` receives from each."""
+        mine = self._received(rank)
+        return _counts(self.stage[mine], self.source[mine], self.stages, self.sharding.ranks)
+
+    def send_counts(self, rank: int) -> Tensor:
+        """int64 ``[stages, ranks]``: units that ``rank`` sends to each."""
+        mine = self._sent(rank)
+        return _counts(self.stage[mine], self.destination[mine], self.stages, self.sharding.ranks)
+
+    def for_rank(self, rank: int) -> RankPlan:
+        """What ``rank`` sends, receives and computes."""
+        with torch.device("cpu"):
+            return self._for_rank(rank)
+
+    def _for_rank(self, rank: int) -> RankPlan:
+        sharding, layout, groups = self.sharding, self.layout, self.groups
+        tiles, tokens = sharding.tiles_of(rank), sharding.tokens_of(rank)
+        edges, row = _rows_of(layout, tiles)
+        column = layout.indices.index_select(0, edges).long()
+        # Query heads of a layout of its own for each follow one another, group_size to a kv head.
+        share = max(1, tiles.numel()) * (1 if self.heads_together else self.group_size)
+        at = row // share * sharding.tiles + column
+
+        # Where each key tile lies: in which stage (−1: own), at which column of its buffer.
+        stage_of = torch.full((groups * sharding.tiles,), -1)
+        column_of = sharding.local_index().repeat(groups)
+        received = torch.arange(self.units)[self._received(rank)]
+        stage, head, tile = (x.index_select(0, received) for x in (self.stage, self.head, self.tile))
+        place = _places(stage * groups + head, self.stages * groups)
+        stage_of[head * sharding.tiles + tile] = stage
+        column_of[head * sharding.tiles + tile] = place
+        stage_at, column_at = stage_of[at], column_of[at]
+
+        def local(number: int, k_len: int) -> tuple[BlockLayout | None, Tensor]:
+            which = (stage_at == number).nonzero().flatten()
+            if not tokens or not k_len:
+                return None, which
+            columns = -(-k_len // sharding.block)
+            order = (row[which] * columns + column_at[which]).argsort(stable=True)
+            which = which[order]
+            mask_ids = layout.mask_ids.index_select(0, edges[which])
+            rows = Rows(row[which], column_at[which], mask_ids, layout.masks)
+            size = sharding.block
+            return BlockLayout._of(rows, tokens, k_len, size, size, heads=layout.heads), which
+
+        own, own_edges = local(-1, tokens)
+        recv_counts, send_counts = self.recv_counts(rank), self.send_counts(rank)
+        ends = recv_counts.sum(1).cumsum(0).tolist()
+        sent = self._sent(rank)
+        sent = sent[self.stage[sent].argsort(stable=True)]
+        send_ends = send_counts.sum(1).cumsum(0).tolist()
+        stages = []
+        for number in range(self.stages):
+            got = slice(ends[number - 1] if number else 0, ends[number])
+            width = int(place[got].max()) + 1 if ends[number] > got.start else 0
+            slots = head[got] * width + place[got]
+            buffer = torch.full((groups * width,), -1)
+            buffer[slots] = tile[got]
+            out = sent[send_ends[number - 1] if number else 0 : send_ends[number]]
+            layout_here, edges_here = local(number, width * sharding.block)
+            stages.append(
+                Stage(
+                    recv_units=torch.stack((tile[got], head[got]), 1),
+                    recv_splits=recv_counts[number].tolist(),
+                    slots=slots,
+                    tiles=buffer.reshape(groups, width),
+                    send_units=torch.stack((self.tile[out], self.head[out]), 1),
+                    send_places=sharding.local_index()[self.tile[out]],
+                    send_splits=send_counts[number].tolist(),
+                    layout=layout_here,
+                    edges=edges_here,
+                )
+            )
+        return RankPlan(rank, tiles, tokens, edges, own, own_edges, tuple(stages))
+
+    def _received(self, rank: int) -> slice:
+        self.sharding._check(rank)
+        return slice(int(self.starts[rank]), int(self.starts[rank + 1]))
+
+    def _sent(self, rank: int) -> Tensor:
+        """Places of the units that a rank sends, in the order of units."""
+        self.sharding._check(rank)
+        order, starts = self._by_source
+        return order[int(starts[rank]) : int(starts[rank + 1])]
+
+    @cached_property
+    def _by_source(self) -> tuple[Tensor, Tensor]:
+        return self.source.argsort(stable=True), _starts(self.source, self.sharding.ranks)
+
+
+def make_plan(
+    layout: BlockLayout,
+    sharding: Sharding,
+    *,
+    kv_heads: int,
+    group_size: int = 1,
+    ranks_per_node: int | None = None,
+    max_remote_tokens: int | None = None,
+) -> Plan:
+    """The plan of a layout.
+
+    Args:
+        layout: of the whole sequence against itself, on the CPU: square tiles of ``sharding.block`` tokens,
+            batch 1, and 1 head (shared by all) or ``kv_heads · group_size`` heads, where query head ``h``
+            reads kv head ``h // group_size``.
+        sharding: where positions live.
+        kv_heads: key-value heads.
+        group_size: query heads that share one.
+        ranks_per_node: how many consecutive ranks one node holds; None: all.
+        max_remote_tokens: the most tokens that a rank's buffer of one stage holds (of each kv head); at least
+            one tile. Stages are filled with the units of the nearest ranks behind first, so that in one stage
+            not everyone asks the same rank.
+
+    Raises:
+        LayoutError: the layout is not as above.
+        ArgumentError: a number is not as above.
+    """
+    _count("kv_heads", kv_heads)
+    _count("group_size", group_size)
+    _check_layout(layout, sharding, kv_heads * group_size)
+    if ranks_per_node is not None and sharding.ranks % _count("ranks_per_node", ranks_per_node):
+        raise ArgumentError(
+            explain(
+                "ranks_per_node",
+                expected=f"a divisor of {sharding.ranks} ranks",
+                got=ranks_per_node,
+                fix="Every node holds as many ranks.",
+            )
+        )
+    if max_remote_tokens is not None and _count("max_remote_tokens", max_remote_tokens) < sharding.block:
+        raise ArgumentError(
+            explain(
+                "max_remote_tokens",
+                expected=f"at least one tile, {sharding.block} tokens",
+                got=max_remote_tokens,
+                fix="Tiles are not divided on their way; take smaller tiles or more tokens.",
+            )
+        )
+    with torch.device("cpu"):
+        groups = 1 if layout.heads == 1 else kv_heads
+        destination, head, tile = _needed(layout, sharding, groups)
+        source = sharding.tile_owner()[tile]
+        stage, stages = torch.zeros_like(tile), int(tile.numel() > 0)
+        if max_remote_tokens is not None and stages:
+            most = max_remote_tokens // sharding.block
+            line = destination * groups + head
+            behind = (destination - source).remainder(sharding.ranks)
+            order = (line * sharding.ranks + behind).argsort(stable=True)
+            stage[order] = _places(line[order], sharding.ranks * groups) // most
+            stages = int(stage.max()) + 1
+        order = ((destination * stages + stage) * sharding.ranks + source).argsort(stable=True)
+        stage, source, head, tile = (x.index_select(0, order) for x in (stage, source, head, tile))
+        starts = _starts(destination, sharding.ranks)
+    return Plan(
+        layout,
+        sharding,
+        kv_heads,
+        group_size,
+        ranks_per_node,
+        max_remote_tokens,
+        starts,
+        stage,
+        source,
+        head,
+        tile,
+        stages,
+    )
+
+
+def _needed(layout: BlockLayout, sharding: Sharding, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(destination, kv head, tile) of every unit that travels, ascending in that order.
+
+    Attended units are marked in a table of (rank, kv head, tile), for as many ranks at a time as keep the
+    table within the size of the layout.
+    """
+    ranks, tiles = sharding.ranks, sharding.tiles
+    owner = sharding.tile_owner()
+    at_once = min(ranks, max(1, max(_LEAST_MARKS, 8 * layout.nnz) // (groups * tiles)))
+    found = []
+    for first in range(0, ranks, at_once):
+        some = torch.arange(first, min(first + at_once, ranks))
+        rows = torch.isin(owner, some).nonzero().flatten() if at_once < ranks else torch.arange(tiles)
+        edges, row = _rows_of(layout, rows)
+        group = row // max(1, rows.numel() * (layout.heads // groups))
+        rank = owner[rows[row % rows.numel()]] - first if rows.numel() else row
+        marks = torch.zeros(some.numel() * groups * tiles, dtype=torch.bool)
+        marks[(rank * groups + group) * tiles + layout.indices.index_select(0, edges)] = True
+        marked = marks.view(-1, groups, tiles)
+        # What a rank has need not travel.
+        own = (owner >= first) & (owner < first + some.numel())
+        mine = own.nonzero().flatten()
+        marked[owner[mine] - first, :, mine] = False
+        rank, head, tile = marked.nonzero().unbind(1)
+        found.append((rank + first, head, tile))
+    destination, head, tile = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return destination, head, tile
+
+
+def _rows_of(layout: BlockLayout, tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """The edges of the rows of these query tiles, in the order (head, query tile, key tile), and the row of
+    each, counted as ``head · len(tiles) + place in tiles``."""
+    rows = (torch.arange(layout.heads)[:, None] * layout.q_blocks + tiles).flatten()
+    first = layout.indptr[:-1].index_select(0, rows).long()
+    counts = layout.row_counts().index_select(0, rows).long()
+    total = int(counts.sum())
+    row = torch.arange(rows.numel()).repeat_interleave(counts, output_size=total)
+    before = counts.cumsum(0) - counts
+    return torch.arange(total) + (first - before).index_select(0, row), row
+
+
+def _places(line: Tensor, lines: int) -> Tensor:
+    """The place of each entry among those of its line, in order."""
+    order = line.argsort(stable=True)
+    place = torch.empty_like(line)
+    place[order] = torch.arange(line.numel()) - _starts(line, lines)[line[order]]
+    return place
+
+
+def _starts(line: Tensor, lines: int) -> Tensor:
+    """int64 ``[lines + 1]``: where each line starts once entries are sorted by line."""
+    starts = torch.zeros(lines + 1, dtype=torch.int64, device="cpu")
+    torch.cumsum(torch.bincount(line, minlength=lines), 0, out=starts[1:])
+    return starts
+
+
+def _counts(stage: Tensor, rank: Tensor, stages: int, ranks: int) -> Tensor:
+    return torch.bincount(stage * ranks + rank, minlength=stages * ranks).reshape(stages, ranks)
+
+
+def _feed(digest: hashlib.blake2b, tensor: Tensor) -> None:
+    """Hash a CPU tensor with its type and shape, without a copy."""
+    tensor = tensor.contiguous()
+    digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    if tensor.numel():
+        digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+
+
+def _count(name: str, value: object) -> int:
+    if type(value) is not int or value < 1:
+        raise ArgumentError(
+            explain(
+                name, expected="an integer ≥ 1", got=repr(value), fix="It counts things of a model or group."
+            )
+        )
+    return value
+
+
+def _check_layout(layout: BlockLayout, sharding: Sharding, heads: int) -> None:
+    want = {
+        "q_len": sharding.length,
+        "k_len": sharding.length,
+        "block_q": sharding.block,
+        "block_k": sharding.block,
+        "batch": 1,
+    }
+    for name, value in want.items():
+        if getattr(layout, name) != value:
+            raise LayoutError(
+                explain(
+                    f"layout.{name}",
+                    expected=value,
+                    got=getattr(layout, name),
+                    fix="A plan is of one sequence against itself, in the tiles of its sharding.",
+                )
+            )
+    if layout.heads not in (1, heads):
+        raise LayoutError(
+            explain(
+                "layout.heads",
+                expected=f"1 or kv_heads · group_size = {heads}",
+                got=layout.heads,
+                fix="Build the layout for the query heads of the call.",
+            )
+        )
+    if layout.device.type != "cpu":
+        raise LayoutError(
+            explain(
+                "layout", expected="a layout on the CPU", got=str(layout.device), fix='Pass layout.to("cpu").'
+            )
+        )

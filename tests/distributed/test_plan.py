@@ -1,0 +1,266 @@
+"""Plans, by brute force: all ranks together compute the layout, and exchange what it needs and no more."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pattern_draws import pattern, runs
+from sparsetile.distributed.plan import Plan, RankPlan, make_plan
+from sparsetile.distributed.sharding import Sharding
+from sparsetile.errors import ArgumentError, LayoutError, PatternError
+from sparsetile.functional import sparse_attention
+from sparsetile.layout.blocks import BlockLayout
+from sparsetile.patterns import Causal, Dilated, Full, Global, Local, Random, Strided
+
+
+@st.composite
+def draw_plan(draw: st.DrawFn) -> Plan:
+    block = draw(st.sampled_from([16, 16, 32]))
+    length = draw(st.integers(1, 22 * block))
+    ranks = draw(st.sampled_from([1, 2, 3, 5, 8]))
+    kv_heads, group_size = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2), (3, 1)]))
+    made = draw(pattern(length, block))
+    heads = kv_heads * group_size
+    layout = BlockLayout.from_pattern(made, length, block_size=block, heads=heads)
+    kind = draw(st.integers(0, 2))
+    if kind == 0:
+        sharding = Sharding.contiguous(length, ranks, block)
+    elif kind == 1:
+        sharding = Sharding.balanced(length, ranks, block)
+    else:
+        order = draw(st.permutations(range(ranks * draw(st.integers(1, 3)))))
+        sharding = Sharding(length, ranks, block, tuple(order))
+    most = draw(st.none() | st.integers(block, 6 * block))
+    return make_plan(layout, sharding, kv_heads=kv_heads, group_size=group_size, max_remote_tokens=most)
+
+
+def _needed(plan: Plan, rank: int) -> set[tuple[int, int]]:
+    """(tile, kv head) of what a rank's rows attend elsewhere, from the layout's rows one by one."""
+    layout, tiles = plan.layout, set(plan.sharding.tiles_of(rank).tolist())
+    needed = set()
+    starts, columns = layout.indptr.tolist(), layout.indices.tolist()
+    for row in range(len(starts) - 1):
+        head, tile = divmod(row, layout.q_blocks)
+        if tile in tiles:
+            group = 0 if layout.heads == 1 else head // plan.group_size
+            needed |= {(c, group) for c in columns[starts[row] : starts[row + 1]] if c not in tiles}
+    return needed
+
+
+def _key_positions(plan: Plan, tiles: torch.Tensor) -> torch.Tensor:
+    """Positions in the sequence of a buffer's keys, −1 in unused tiles; past the end for the last tile."""
+    block = plan.sharding.block
+    each = tiles[:, None] * block + torch.arange(block)
+    return torch.where(tiles[:, None] < 0, -1, each).flatten()
+
+
+@runs(120)
+@given(draw_plan())
+def test_all_ranks_together_are_the_layout(plan):
+    layout, sharding = plan.layout, plan.sharding
+    ranks = [plan.for_rank(r) for r in range(sharding.ranks)]
+    dense = torch.stack([layout.to_dense(h) for h in range(layout.heads)])
+    seen = torch.zeros((*dense.shape[:2], sharding.tiles * sharding.block), dtype=torch.int64)
+    edges = []
+    for mine in ranks:
+        rows = sharding.positions_of(mine.rank)
+        parts = [(mine.own, mine.own_edges, mine.tiles[None])]
+        parts += [(stage.layout, stage.edges, stage.tiles) for stage in mine.stages]
+        taken = []
+        for local, where, tiles in parts:
+            taken.append(where)
+            if local is None:
+                assert not where.numel()
+                continue
+            local.validate()
+            assert local.q_len == mine.tokens and local.heads == layout.heads and local.nnz == where.numel()
+            assert torch.equal(local.mask_ids, layout.mask_ids[mine.edges[where]])
+            for head in range(layout.heads):
+                kv_head = 0 if layout.heads == 1 else head // plan.group_size
+                keys = _key_positions(plan, tiles[min(kv_head, tiles.shape[0] - 1)])[: local.k_len]
+                allowed = local.to_dense(head)
+                assert not allowed[:, keys < 0].any()
+                seen[head][rows[:, None], keys[keys >= 0]] += allowed[:, keys >= 0].long()
+        # Each tile of the rank's rows is in one part.
+        assert torch.equal(torch.cat(taken).sort().values, torch.arange(mine.edges.numel()))
+        edges.append(mine.edges)
+    assert torch.equal(seen[..., : sharding.length], dense.long())
+    assert not seen[..., sharding.length :].any()
+    assert torch.equal(torch.cat(edges).sort().values, torch.arange(layout.nnz))
+
+
+@runs(100)
+@given(draw_plan())
+def test_what_travels(plan):
+    sharding, count = plan.sharding, plan.sharding.ranks
+    ranks = [plan.for_rank(r) for r in range(count)]
+    owner, place = sharding.tile_owner(), sharding.local_index()
+    for mine in ranks:
+        assert len(mine.stages) == plan.stages
+        received = [tuple(unit) for stage in mine.stages for unit in stage.recv_units.tolist()]
+        # Each needed unit once, and no other.
+        assert len(received) == len(set(received))
+        assert set(received) == _needed(plan, mine.rank)
+        for number, stage in enumerate(mine.stages):
+            tile, head = stage.recv_units.unbind(1)
+            source = owner[tile]
+            order = list(zip(source.tolist(), head.tolist(), tile.tolist(), strict=True))
+            assert order == sorted(order)
+            assert stage.recv_splits == torch.bincount(source, minlength=count).tolist()
+            assert plan.recv_counts(mine.rank)[number].tolist() == stage.recv_splits
+            assert plan.send_counts(mine.rank)[number].tolist() == stage.send_splits
+            if plan.max_remote_tokens is not None:
+                assert stage.width * sharding.block <= plan.max_remote_tokens
+            groups = stage.tiles.shape[0]
+            assert groups == plan.groups
+            assert torch.equal(stage.tiles.flatten()[stage.slots], tile)
+            assert torch.equal(stage.slots // max(1, stage.width), head)
+            assert int((stage.tiles >= 0).sum()) == tile.numel() == stage.slots.unique().numel()
+            if plan.heads_together:
+                assert torch.equal(stage.slots, torch.arange(tile.numel()))
+            # What others send is what this rank expects, in its order.
+            pieces = [_sent_to(ranks[source], number, mine.rank) for source in range(count)]
+            assert torch.equal(torch.cat(pieces), stage.recv_units)
+            assert torch.equal(mine.tiles[stage.send_places], stage.send_units[:, 0])
+            assert torch.equal(place[stage.send_units[:, 0]], stage.send_places)
+            assert stage.send_splits[mine.rank] == stage.recv_splits[mine.rank] == 0
+    # No stage is empty everywhere.
+    for number in range(plan.stages):
+        assert any(mine.stages[number].recv_units.numel() for mine in ranks)
+
+
+def _sent_to(rank: RankPlan, number: int, destination: int) -> torch.Tensor:
+    stage = rank.stages[number]
+    return stage.send_units.split(stage.send_splits)[destination]
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_attention_in_parts(by_head):
+    """Ordinary calls over the parts, merged by their LSE, are the call over everything."""
+    seed = random.randrange(2**32)
+    draw = torch.Generator().manual_seed(seed)
+    length, block, kv_heads, group_size, dim = 437, 32, 2, 2, 16
+    heads = kv_heads * group_size
+    made = (Local(70) | Random(0.3, seed, by_head=by_head) | Global(20)) & Causal()
+    layout = BlockLayout.from_pattern(made, length, block_size=block, heads=heads)
+    plan = make_plan(
+        layout,
+        Sharding.balanced(length, 3, block),
+        kv_heads=kv_heads,
+        group_size=group_size,
+        max_remote_tokens=3 * block,
+    )
+    assert plan.stages > 1
+    q, k, v = (torch.randn(1, h, length, dim, generator=draw).double() for h in (heads, kv_heads, kv_heads))
+    expected = sparse_attention(q, k, v, layout, enable_gqa=True, backend="reference")
+    tail = torch.zeros(1, kv_heads, plan.sharding.tiles * block - length, dim, dtype=torch.float64)
+    k_tiles, v_tiles = (torch.cat((x, tail), 2).unflatten(2, (-1, block))[0] for x in (k, v))
+    for rank in range(3):
+        mine = plan.for_rank(rank)
+        at = plan.sharding.positions_of(rank)
+        parts = [(mine.own, k[:, :, at], v[:, :, at])]
+        for stage in mine.stages:
+            tiles = stage.tiles.expand(kv_heads, -1).clamp(min=0)
+            head = torch.arange(kv_heads)[:, None]
+            buffers = (x[head, tiles].flatten(1, 2)[None] for x in (k_tiles, v_tiles))
+            parts.append((stage.layout, *buffers))
+        outs, lses = zip(
+            *(
+                sparse_attention(q[:, :, at], *kv, local, enable_gqa=True, return_lse=True)
+                for local, *kv in parts
+                if local is not None
+            ),
+            strict=True,
+        )
+        weights = torch.stack(lses).double().softmax(0)
+        merged = (weights[..., None] * torch.stack(outs)).sum(0)
+        error = (merged - expected[:, :, at]).abs().max()
+        assert error < 1e-6, f"seed={seed} rank={rank} error={error}"
+
+
+def test_hash_tells_plans_apart():
+    def made(pattern=None, length=500, ranks=4, **options):
+        return Plan.from_pattern(pattern or Local(50), Sharding.contiguous(length, ranks, 16), **options).hash
+
+    first = made()
+    assert first == made()
+    others = [
+        made(Local(50, 49)),
+        made(Local(50) & Causal()),
+        made(length=499),
+        made(ranks=5),
+        made(kv_heads=2),
+        made(kv_heads=2, group_size=2),
+        made(group_size=2),
+        made(ranks_per_node=2),
+        made(max_remote_tokens=64),
+        Plan.from_pattern(Local(50), Sharding.balanced(500, 4, 16)).hash,
+    ]
+    assert len({first, *others}) == len(others) + 1
+
+
+def test_window_needs_neighbours_alone():
+    plan = Plan.from_pattern(Local(100) & Causal(), Sharding.contiguous(4096, 8, 16))
+    for rank in range(8):
+        counts = plan.recv_counts(rank).sum(0)
+        expected = torch.zeros(8, dtype=torch.int64)
+        if rank:
+            expected[rank - 1] = 7
+        assert torch.equal(counts, expected)
+
+
+def test_stages_ask_different_ranks():
+    plan = Plan.from_pattern(Full(), Sharding.contiguous(16 * 32, 8, 16), max_remote_tokens=4 * 16)
+    assert plan.stages == 7
+    for number in range(7):
+        asked = [plan.for_rank(r).stages[number].recv_splits for r in range(8)]
+        assert [split.index(4) for split in asked] == [(r - 1 - number) % 8 for r in range(8)]
+
+
+def test_heads_of_their_own_get_their_own_units():
+    """Dilation with a column residue for each head: a rank's union over heads is all, a kv head's a share."""
+    sharding = Sharding.contiguous(16 * 64, 4, 16)
+    apart = Plan.from_pattern(Strided(64, 16, head_shift=16), sharding, kv_heads=4)
+    same = Plan.from_pattern(Dilated(1024, 4, 16), sharding, kv_heads=4)
+    assert apart.groups == 4 and same.groups == 1
+    assert apart.units == same.units * 4
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        ({"kv_heads": 0}, "kv_heads"),
+        ({"group_size": 1.0}, "group_size"),
+        ({"ranks_per_node": 3}, "ranks_per_node"),
+        ({"ranks_per_node": 0}, "ranks_per_node"),
+        ({"max_remote_tokens": 15}, "max_remote_tokens"),
+    ],
+)
+def test_refused_numbers(change, name):
+    layout = BlockLayout.from_pattern(Local(50), 100, block_size=16)
+    with pytest.raises(ArgumentError, match=name):
+        make_plan(layout, Sharding.contiguous(100, 4, 16), **{"kv_heads": 1, **change})
+
+
+@pytest.mark.parametrize(
+    "lengths, block, heads, name",
+    [
+        ((99, 100), 16, None, "q_len"),
+        ((100, 99), 16, None, "k_len"),
+        ((100, 100), (16, 32), None, "block_k"),
+        ((100, 100), 16, 3, "heads"),
+    ],
+)
+def test_refused_layouts(lengths, block, heads, name):
+    made = Random(0.5, by_head=heads is not None)
+    layout = BlockLayout.from_pattern(made.resolve(16, 16), *lengths, block_size=block, heads=heads)
+    with pytest.raises(LayoutError, match=name):
+        make_plan(layout, Sharding.contiguous(100, 4, 16), kv_heads=2)
+
+
+def test_refused_pattern():
+    with pytest.raises(PatternError):
+        Plan.from_pattern("Local(3)", Sharding.contiguous(100, 4, 16))
