@@ -257,7 +257,7 @@ def test_strides_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("level", [1, 2])
-@pytest.mark.parametrize("_", range(6))
+@pytest.mark.parametrize("_", range(4))
 def test_the_two_levels_of_a_search_are_those_of_select_tiles(level: int, _: int) -> None:
     """Exact sums, so the places must be the same, ties included."""
     case = drawn(whole=True, own=random.random() < 0.7, nk=random.choice((5, 40, 150)))
@@ -269,8 +269,9 @@ def test_the_two_levels_of_a_search_are_those_of_select_tiles(level: int, _: int
     else:
         count = -(-nk // span)
         kept = rng.randint(1, count)
-        runs = torch.rand(batch, groups, nq, count).argsort(-1)[..., :kept]
-        runs = torch.where(torch.rand(runs.shape) < 0.2, -1, runs).int()
+        generator = torch.Generator().manual_seed(rng.getrandbits(32))
+        runs = torch.rand(batch, groups, nq, count, generator=generator).argsort(-1)[..., :kept]
+        runs = torch.where(torch.rand(runs.shape, generator=generator) < 0.2, -1, runs).int()
         case.options["within"] = runs.to(DEVICE)
         tiles = (runs.long()[..., None] * span + torch.arange(span)).flatten(-2)
         scores = case.values().float().gather(-1, tiles.clamp(0, nk - 1))
@@ -283,7 +284,8 @@ def test_the_two_levels_of_a_search_are_those_of_select_tiles(level: int, _: int
 
 def test_noise_and_weights_of_groups_in_the_tiles_of_runs() -> None:
     case = drawn(batch=2, groups=2, nq=9, nk=70, hidden=6, k=12, noise=seed_tensor(), temperature=0.4)
-    runs = torch.rand(2, 2, 9, 5).argsort(-1)[..., :3].int()
+    generator = torch.Generator().manual_seed(random.Random(case.note).getrandbits(32))
+    runs = torch.rand(2, 2, 9, 5, generator=generator).argsort(-1)[..., :3].int()
     case.options |= {"span": 16, "within": runs.to(DEVICE)}
     indices, scores = case.run()
     values, live = case.values(), indices >= 0
