@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparsetile.adaptive.scorer import FORMS
-from sparsetile.adaptive.search import FULL_UP_TO, SPAN
+from sparsetile.adaptive.search import AUTO_ABOVE, SPAN
 from sparsetile.adaptive.summaries import POOLINGS
 from sparsetile.errors import ArgumentError, explain
 from sparsetile.layout.check import BLOCK_SIZES
@@ -201,7 +201,7 @@ class AdaptiveConfig:
             return self.search
         # At 1/32 the 2·k runs of 16 are all there are.
         saves = self.selection == "top_k" and 2 * SPAN * self.density < 1.0
-        return "two_level" if saves and count > FULL_UP_TO else "full"
+        return "two_level" if saves and count > AUTO_ABOVE else "full"
 
     def temperature_at(self, step: int) -> float:
         """τ of the annealing schedule, ``τ₀·(τ_min/τ₀)^min(step/anneal_steps, 1)``: a geometric descent.

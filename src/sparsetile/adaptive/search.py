@@ -40,6 +40,9 @@ LEAST_RUNS = 32
 FULL_UP_TO = SPAN * LEAST_RUNS
 """Tiles of a row that is searched in full in any case: 64K tokens in tiles of 128."""
 
+AUTO_ABOVE = FULL_UP_TO
+"""Key tiles of a call above which ``search="auto"`` takes two levels."""
+
 _RUNS_PER_TILE = 2
 _OF_RUNS = 0x5851F42D4C957F2D
 """Turns the seed of the tiles' noise into that of the runs'."""
