@@ -39,6 +39,10 @@ class CheckpointError(SparsetileError, RuntimeError):
     """A checkpoint cannot be read, or belongs to another model."""
 
 
+class MismatchError(SparsetileError, RuntimeError):
+    """Ranks of a process group disagree about a collective call; raised on each, before any payload."""
+
+
 def explain(what: str, *, expected: object, got: object, fix: str) -> str:
     """One message in the house form: ``what: expected …, got …. fix``."""
     return f"{what}: expected {expected}, got {got}. {fix}"

@@ -257,11 +257,11 @@ def _pattern_layout(
     if isinstance(pattern, str):
         pattern = op.parsed(pattern)
     if is_causal:
-        pattern = _causal(pattern)
+        pattern = causal_of(pattern)
     return cached_layout(pattern, q_len, k_len, blocks, device, heads)
 
 
-def _causal(pattern: Pattern) -> Pattern:
+def causal_of(pattern: Pattern) -> Pattern:
     """``pattern & Causal()``, kept with the pattern: the same object at every call is found sooner."""
     known: Pattern | None = pattern.__dict__.get("_causal_memo")
     if known is None:

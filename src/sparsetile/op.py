@@ -80,7 +80,7 @@ def attention(
         if _differentiable(q, k, v, tile_bias, attn_bias):
             out, lse = _Attention.apply(q, k, v, tile_bias, attn_bias, request, backend)
             return out, lse
-        return _run(q, k, v, request, backend)
+        return run(q, k, v, request, backend)
     else:
         call = _call(layout, features, backend)
     result = torch.ops.sparsetile.attention(q, k, v, *call)
@@ -164,7 +164,7 @@ class _Attention(torch.autograd.Function):
         request: Request,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _run(q, k, v, request, backend)
+        out, lse = run(q, k, v, request, backend)
         ctx.set_materialize_grads(False)
         # Biases and mask are kept by autograd, which notices if they are changed in place before backward.
         ctx.save_for_backward(q, k, v, out, lse, tile_bias, attn_bias, request.key_padding_mask)
@@ -185,7 +185,7 @@ class _Attention(torch.autograd.Function):
                 grad_out, grad_lse, q, k, v, out, lse, *call, needs[3], needs[4]
             )
         else:
-            dq, dk, dv, d_tile, d_attn = _run_backward(
+            dq, dk, dv, d_tile, d_attn = run_backward(
                 grad_out, grad_lse, q, k, v, out, lse, request, ctx.backend, needs[3], needs[4]
             )
         d_tile_bias = _sum_to_shape(d_tile, tile_bias) if needs[3] else None
@@ -248,14 +248,15 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, request: Request, backend: str) -> tuple[Tensor, Tensor]:
+def run(q: Tensor, k: Tensor, v: Tensor, request: Request, backend: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one validated call, both contiguous; nothing is recorded for a gradient."""
     if not (q.stride(-1) == k.stride(-1) == v.stride(-1) == 1):
         q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     out, lse = choose(backend, q, k, v, request).forward(q, k, v, request)
     return out.contiguous(), lse.contiguous()
 
 
-def _run_backward(
+def run_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -268,6 +269,8 @@ def _run_backward(
     tile_bias_grad: bool,
     attn_bias_grad: bool,
 ) -> Gradients:
+    """Gradients of one call. ``out`` and ``lse`` may be those of an attention of which the keys are a part:
+    then the gradients are this part's share of that attention's."""
     q, k, v, grad_out = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(grad_out)
     return choose(backend, q, k, v, request).backward(
         grad_out,
@@ -285,7 +288,7 @@ def _run_backward(
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
     *parts, backend = call
-    return _run(q, k, v, _request(q, *parts), backend)
+    return run(q, k, v, _request(q, *parts), backend)
 
 
 def _backward(
@@ -300,7 +303,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     *parts, backend, tile_bias_grad, attn_bias_grad = call
     request = _request(q, *parts)
-    grads = _run_backward(
+    grads = run_backward(
         grad_out, grad_lse, q, k, v, out, lse, request, backend, tile_bias_grad, attn_bias_grad
     )
     return tuple(lse.new_empty(0) if grad is None else grad.contiguous() for grad in grads)

@@ -1,5 +1,17 @@
-"""One sequence over many GPUs. So far its configuration; the exchange itself is not built yet."""
+"""One sequence over many ranks: who holds what, what travels, and attention over all of it."""
 
+from sparsetile.distributed.attention import distributed_attention
 from sparsetile.distributed.config import DistributedSparseConfig
+from sparsetile.distributed.plan import Plan, make_plan
+from sparsetile.distributed.sequence import shard_sequence, unshard_sequence
+from sparsetile.distributed.sharding import Sharding
 
-__all__ = ["DistributedSparseConfig"]
+__all__ = [
+    "DistributedSparseConfig",
+    "Plan",
+    "Sharding",
+    "distributed_attention",
+    "make_plan",
+    "shard_sequence",
+    "unshard_sequence",
+]

@@ -31,83 +31,6 @@ _LEAST_MARKS = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
-    """What one rank receives and sends in one exchange, and the layout of the attention over it.
-
-    The buffer of received keys (and of values) is ``[groups, width]`` tiles of whole ``block`` tokens, where
-    ``groups`` is 1 if units hold all kv heads, else ``kv_heads``. The short last tile of the sequence takes a
-    whole tile of it; the layout's masks leave out what is past its end.
-
-    Attributes:
-        recv_units: int64 ``[n, 2]``: (tile, kv head) of each received unit in the order of arrival: by
-            source rank, then kv head, then tile. The kv head is 0 if units hold all heads.
-        recv_splits: units from each rank, ``ranks`` integers.
-        slots: int64 ``[n]``: the buffer tile of each received unit, ``head · width + column``. If units hold
-            all kv heads it is 0, 1, …: units lie as they arrive.
-        tiles: int64 ``[groups, width]``: the tile of the sequence in each place of the buffer, −1 in places
-            that stay unused (heads with fewer units than the head with most).
-        send_units: int64 ``[m, 2]``: (tile, kv head) of each unit to send, by destination rank, then in the
-            order in which that rank receives.
-        send_places: int64 ``[m]``: the place of each of these tiles among this rank's own.
-        send_splits: units to each rank.
-        layout: this rank's query tiles × the buffer's columns: ``q_len`` the rank's tokens, ``k_len =
-            width · block``. None if the rank has no tokens or receives nothing in this stage.
-        edges: int64 ``[layout.nnz]``: the place of each of its tiles in :attr:`RankPlan.edges`.
-    """
-
-    recv_units: Tensor
-    recv_splits: list[int]
-    slots: Tensor
-    tiles: Tensor
-    send_units: Tensor
-    send_places: Tensor
-    send_splits: list[int]
-    layout: BlockLayout | None
-    edges: Tensor
-
-    @property
-    def width(self) -> int:
-        """Tiles of the buffer for each kv head (or for all together)."""
-        return self.tiles.shape[1]
-
-    def to(self, device: torch.device | str) -> Stage:
-        """This stage with its tensors on ``device``; the splits are host integers anyway."""
-        names = ("recv_units", "slots", "tiles", "send_units", "send_places", "edges")
-        moved = {name: getattr(self, name).to(device) for name in names}
-        return replace(self, **moved, layout=None if self.layout is None else self.layout.to(device))
-
-
-@dataclass(frozen=True, eq=False)
-class RankPlan:
-    """What one rank does.
-
-    Attributes:
-        rank: which.
-        tiles: int64: its own tiles, in the order in which it keeps them.
-        tokens: its tokens.
-        edges: int64: where in the global layout's ``indices`` each tile of its rows stands, in the order
-            (query head, own query tile, key tile).
-        own: its query tiles × its own key tiles (``q_len = k_len = tokens``); None if it has no tokens.
-        own_edges: int64 ``[own.nnz]``: the place of each of these tiles in ``edges``.
-        stages: as many as :attr:`Plan.stages` on every rank; some may be empty.
-    """
-
-    rank: int
-    tiles: Tensor
-    tokens: int
-    edges: Tensor
-    own: BlockLayout | None
-    own_edges: Tensor
-    stages: tuple[Stage, ...]
-
-    def to(self, device: torch.device | str) -> RankPlan:
-        """This plan with its tensors on ``device``."""
-        moved = {name: getattr(self, name).to(device) for name in ("tiles", "edges", "own_edges")}
-        own = None if self.own is None else self.own.to(device)
-        return replace(self, **moved, own=own, stages=tuple(stage.to(device) for stage in self.stages))
-
-
-@dataclass(frozen=True, eq=False)
 class Plan:
     """Every unit that travels, in the order (destination, stage, source, kv head, tile).
 
@@ -192,11 +115,8 @@ class Plan:
         and stages, and the meaning of plans itself."""
         layout = self.layout
         digest = hashlib.blake2b(digest_size=16)
-        numbers = (*layout.geometry, self.sharding, self.kv_heads, self.group_size, self.ranks_per_node)
+        numbers = (digest_of(layout), self.sharding, self.kv_heads, self.group_size, self.ranks_per_node)
         digest.update(repr((_VERSION, *numbers, self.max_remote_tokens, self.units)).encode())
-        tiles = layout.nnz
-        for tensor in (layout.indptr, layout.indices[:tiles], layout.mask_ids[:tiles], layout.masks):
-            _feed(digest, tensor)
         return digest.hexdigest()
 
     def recv_counts(self, rank: int) -> Tensor:
@@ -212,68 +132,7 @@ class Plan:
     def for_rank(self, rank: int) -> RankPlan:
         """What ``rank`` sends, receives and computes."""
         with torch.device("cpu"):
-            return self._for_rank(rank)
-
-    def _for_rank(self, rank: int) -> RankPlan:
-        sharding, layout, groups = self.sharding, self.layout, self.groups
-        tiles, tokens = sharding.tiles_of(rank), sharding.tokens_of(rank)
-        edges, row = _rows_of(layout, tiles)
-        column = layout.indices.index_select(0, edges).long()
-        # Query heads of a layout of its own for each follow one another, group_size to a kv head.
-        share = max(1, tiles.numel()) * (1 if self.heads_together else self.group_size)
-        at = row // share * sharding.tiles + column
-
-        # Where each key tile lies: in which stage (−1: own), at which column of its buffer.
-        stage_of = torch.full((groups * sharding.tiles,), -1)
-        column_of = sharding.local_index().repeat(groups)
-        received = torch.arange(self.units)[self._received(rank)]
-        stage, head, tile = (x.index_select(0, received) for x in (self.stage, self.head, self.tile))
-        place = _places(stage * groups + head, self.stages * groups)
-        stage_of[head * sharding.tiles + tile] = stage
-        column_of[head * sharding.tiles + tile] = place
-        stage_at, column_at = stage_of[at], column_of[at]
-
-        def local(number: int, k_len: int) -> tuple[BlockLayout | None, Tensor]:
-            which = (stage_at == number).nonzero().flatten()
-            if not tokens or not k_len:
-                return None, which
-            columns = -(-k_len // sharding.block)
-            order = (row[which] * columns + column_at[which]).argsort(stable=True)
-            which = which[order]
-            mask_ids = layout.mask_ids.index_select(0, edges[which])
-            rows = Rows(row[which], column_at[which], mask_ids, layout.masks)
-            size = sharding.block
-            return BlockLayout._of(rows, tokens, k_len, size, size, heads=layout.heads), which
-
-        own, own_edges = local(-1, tokens)
-        recv_counts, send_counts = self.recv_counts(rank), self.send_counts(rank)
-        ends = recv_counts.sum(1).cumsum(0).tolist()
-        sent = self._sent(rank)
-        sent = sent[self.stage[sent].argsort(stable=True)]
-        send_ends = send_counts.sum(1).cumsum(0).tolist()
-        stages = []
-        for number in range(self.stages):
-            got = slice(ends[number - 1] if number else 0, ends[number])
-            width = int(place[got].max()) + 1 if ends[number] > got.start else 0
-            slots = head[got] * width + place[got]
-            buffer = torch.full((groups * width,), -1)
-            buffer[slots] = tile[got]
-            out = sent[send_ends[number - 1] if number else 0 : send_ends[number]]
-            layout_here, edges_here = local(number, width * sharding.block)
-            stages.append(
-                Stage(
-                    recv_units=torch.stack((tile[got], head[got]), 1),
-                    recv_splits=recv_counts[number].tolist(),
-                    slots=slots,
-                    tiles=buffer.reshape(groups, width),
-                    send_units=torch.stack((self.tile[out], self.head[out]), 1),
-                    send_places=sharding.local_index()[self.tile[out]],
-                    send_splits=send_counts[number].tolist(),
-                    layout=layout_here,
-                    edges=edges_here,
-                )
-            )
-        return RankPlan(rank, tiles, tokens, edges, own, own_edges, tuple(stages))
+            return rank_plan(self, rank)
 
     def _received(self, rank: int) -> slice:
         self.sharding._check(rank)
@@ -427,6 +286,18 @@ def _starts(line: Tensor, lines: int) -> Tensor:
 
 def _counts(stage: Tensor, rank: Tensor, stages: int, ranks: int) -> Tensor:
     return torch.bincount(stage * ranks + rank, minlength=stages * ranks).reshape(stages, ranks)
+
+
+def digest_of(layout: BlockLayout) -> str:
+    """Hex digest of a layout's tiles and masks; kept with the layout. A layout on a device is read once."""
+    known = layout._memo.get("digest")
+    if not isinstance(known, str):
+        digest = hashlib.blake2b(repr(layout.geometry[:6]).encode(), digest_size=16)
+        tiles = layout.nnz
+        for tensor in (layout.indptr, layout.indices[:tiles], layout.mask_ids[:tiles], layout.masks):
+            _feed(digest, tensor.cpu())
+        known = layout._memo["digest"] = digest.hexdigest()
+    return known
 
 
 def _feed(digest: hashlib.blake2b, tensor: Tensor) -> None:

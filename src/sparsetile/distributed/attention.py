@@ -1,0 +1,490 @@
+"""Attention over a sequence that is spread over ranks: each receives the tiles that its rows attend.
+
+The plan says before a byte moves which key-value tiles those are. Own tiles are computed while the first
+remote ones are on their way, every part by the same kernels as a single process uses, and the parts are
+merged by their log-sum-exp in fp32: one softmax over everything. Backward gives every part the final output
+and log-sum-exp, so that its gradients are exact on their own (as in ring attention, Liu et al. 2023,
+arXiv:2310.01889), sends those of remote tiles back where they came from, and adds them in fp32 in the order
+of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from sparsetile import op
+from sparsetile.arguments import (
+    check_flag,
+    check_mask,
+    check_settings,
+    check_tensors,
+    check_types,
+    checked_tile_bias,
+)
+from sparsetile.distributed.exchange import Buffers, Exchange
+from sparsetile.distributed.plan import RankPlan, digest_of, make_plan
+from sparsetile.distributed.ranks import Ranks
+from sparsetile.distributed.sharding import Sharding
+from sparsetile.errors import (
+    ArgumentError,
+    BackendError,
+    NotBuiltError,
+    PatternError,
+    SparsetileError,
+    explain,
+)
+from sparsetile.functional import as_autocast, causal_of, merge_attention, pattern_text, sparse_attention
+from sparsetile.kernels.request import Gradients, Request
+from sparsetile.kernels.select import check_name
+from sparsetile.layout.blocks import BlockLayout
+from sparsetile.layout.cache import cached_layout
+from sparsetile.patterns import Pattern
+
+Order = Literal["contiguous", "balanced"]
+ORDERS = ("contiguous", "balanced")
+_VERSION = 1
+"""Of what goes over the wire: ranks of different versions must not exchange."""
+
+
+@overload
+def distributed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern | str | BlockLayout,
+    *,
+    group: object = ...,
+    order: Order = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    tile_bias: Tensor | None = ...,
+    block_size: int = ...,
+    enable_gqa: bool = ...,
+    max_remote_tokens: int | None = ...,
+    backend: str = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def distributed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern | str | BlockLayout,
+    *,
+    group: object = ...,
+    order: Order = ...,
+    is_causal: bool = ...,
+    scale: float | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    tile_bias: Tensor | None = ...,
+    block_size: int = ...,
+    enable_gqa: bool = ...,
+    max_remote_tokens: int | None = ...,
+    backend: str = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def distributed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern | str | BlockLayout,
+    *,
+    group: object = None,
+    order: Order = "contiguous",
+    is_causal: bool = False,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    tile_bias: Tensor | None = None,
+    block_size: int = 128,
+    enable_gqa: bool = False,
+    max_remote_tokens: int | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``sparse_attention`` of a sequence that is spread over the ranks of a group.
+
+    Every rank passes its own tokens and gets their output: what one process would compute for them, with its
+    gradients. Forward and backward are collective. Before any payload the ranks compare what they are about
+    to do; if they differ, each of them raises the same error and nothing is sent.
+
+    Args:
+        query: ``[B, H, n, D]``, this rank's tokens; how many it must hold says
+            ``Sharding.contiguous(N, ranks, block_size)`` (or ``balanced``), with N the tokens of all ranks.
+            :func:`shard_sequence` cuts a whole sequence.
+        key, value: ``[B, Hkv, n, D]``; with ``enable_gqa`` H may be a multiple of Hkv.
+        pattern: of the whole sequence, the same on every rank: a Pattern, its text, or a BlockLayout of N × N
+            tokens in square tiles of ``block_size``, batch 1.
+        group: process group, one-dimensional DeviceMesh, or None: the default group, or this process alone.
+        order: ``"contiguous"``: rank 0 holds the first tokens, and so on. ``"balanced"``: chunks r and
+            2·ranks − 1 − r, so that causal attention gives all ranks as much to do.
+        is_causal, scale, backend, return_lse: as for :func:`sparsetile.sparse_attention`.
+        key_padding_mask: bool ``[B, n]`` of this rank's tokens, True = ignore this key.
+        tile_bias: fp32, as for ``sparse_attention`` with a BlockLayout, of the whole layout, the same on
+            every rank. A rank's gradient of it holds the share of its own queries: add them up over ranks, as
+            for any parameter that all ranks have.
+        block_size: tile edge in tokens.
+        max_remote_tokens: the most remote tokens that a rank holds at a time (a kv head): they come in
+            stages, and again in backward instead of being kept. None: all at once, kept for backward.
+
+    Returns:
+        ``[B, H, n, D]`` in query's dtype; with ``return_lse`` a tuple with the log-sum-exp ``[B, H, n]``.
+
+    Raises:
+        MismatchError: ranks differ in what they ask for, or one of them cannot: the same on every rank.
+        ArgumentError, PatternError, LayoutError, BackendError: as ``sparse_attention``, in a world of one.
+        NotBuiltError: key padding with a pattern that differs by head.
+    """
+    ranks = Ranks.of(group)
+    if ranks.size == 1:
+        # The layout of a text or Pattern is the cache's; all else is what one process does anyway.
+        out, lse = sparse_attention(
+            query,
+            key,
+            value,
+            pattern,
+            is_causal=is_causal,
+            scale=scale,
+            key_padding_mask=key_padding_mask,
+            tile_bias=tile_bias,
+            block_size=block_size,
+            enable_gqa=enable_gqa,
+            backend=backend,
+            return_lse=True,
+        )
+        return (out, lse) if return_lse else out
+    settings = (order, is_causal, scale, enable_gqa, backend)
+    problem, text = None, ""
+    try:
+        query, key, value = _checked(query, key, value, key_padding_mask, tile_bias, settings)
+        text = _described(
+            query, key, pattern, key_padding_mask, tile_bias, (*settings, block_size, max_remote_tokens)
+        )
+    except SparsetileError as error:
+        problem = str(error)
+    tokens = 0 if problem is not None else query.shape[2]
+    counts = ranks.agree(text, tokens, problem)
+    # From here on every rank does the same: what fails now fails on all of them.
+    length = sum(counts)
+    sharding = Sharding.balanced if order == "balanced" else Sharding.contiguous
+    where = sharding(length, ranks.size, block_size)
+    wanted = tuple(where.tokens_of(rank) for rank in range(ranks.size))
+    if counts != wanted:
+        raise ArgumentError(
+            explain(
+                "tokens of the ranks",
+                expected=f"{list(wanted)} ({length} in whole tiles of {block_size}, {order})",
+                got=list(counts),
+                fix="Cut the sequence with shard_sequence.",
+            )
+        )
+    layout = _layout(pattern, is_causal, length, block_size, query.shape[1])
+    if layout.heads > 1 and key_padding_mask is not None:
+        raise NotBuiltError(
+            "key_padding_mask: over several ranks it is not built for patterns that differ by head. Leave it "
+            "None, or use a pattern that all heads share."
+        )
+    plan = _plan(layout, where, ranks.rank, query, key, max_remote_tokens)
+    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+    call = _Call(plan, ranks, block_size, scale, key_padding_mask, backend, keep=max_remote_tokens is None)
+    biases = _biases(tile_bias, query, layout, plan)
+    out, lse = _Spread.apply(call, query, key, value, *biases)  # type: ignore[no-untyped-call]
+    return (out, lse) if return_lse else out
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """All of a call but its tensors with gradients."""
+
+    plan: RankPlan
+    ranks: Ranks
+    block: int
+    scale: float
+    mask: Tensor | None
+    backend: str
+    keep: bool
+
+    def exchange(self, k: Tensor, v: Tensor) -> Exchange:
+        return Exchange(self.plan, self.ranks, self.block, k, v, self.mask)
+
+    def attend(
+        self, layout: BlockLayout, q: Tensor, keys: Buffers, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return op.run(q, keys.k, keys.v, self._request(layout, keys, bias), self.backend)
+
+    def gradients(
+        self,
+        layout: BlockLayout,
+        q: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        keys: Buffers,
+        bias: Tensor | None,
+        bias_grad: bool,
+    ) -> Gradients:
+        """One part's share of the gradients; ``out`` and ``lse`` are of all parts."""
+        request = self._request(layout, keys, bias)
+        return op.run_backward(
+            grad_out, grad_lse, q, keys.k, keys.v, out, lse, request, self.backend, bias_grad, False
+        )
+
+    def _request(self, layout: BlockLayout, keys: Buffers, bias: Tensor | None) -> Request:
+        return Request(layout, self.scale, key_padding_mask=keys.mask, tile_bias=bias)
+
+
+class _Spread(torch.autograd.Function):
+    """(call, q, k, v, bias of the own part, biases of the stages) → (out, lse)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, q: Tensor, k: Tensor, v: Tensor, *biases: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        plan, exchange = call.plan, call.exchange(k, v)
+        arriving = exchange.start(0)
+        done = None
+        if plan.own is not None:
+            done = _merged(None, call.attend(plan.own, q, Buffers(k, v, call.mask), biases[0]))
+        kept: list[Tensor | None] = []
+        for number, stage in enumerate(plan.stages):
+            buffers = exchange.finish(arriving, stage)
+            arriving = exchange.start(number + 1)
+            if stage.layout is not None:
+                done = _merged(done, call.attend(stage.layout, q, buffers, biases[number + 1]))
+            if call.keep:
+                kept += (buffers.k, buffers.v, buffers.mask)
+        out, lse = (q.new_zeros(q.shape), _statistic(q)) if done is None else (done[0].to(q.dtype), done[1])
+        ctx.set_materialize_grads(False)
+        # The mask is kept by autograd, which notices if it is changed in place before backward.
+        ctx.save_for_backward(q, k, v, out, lse, call.mask, *biases, *kept)
+        ctx.call = replace(call, mask=None)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, out, lse, mask, *rest = ctx.saved_tensors
+        call: _Call = replace(ctx.call, mask=mask)
+        plan, wanted = call.plan, ctx.needs_input_grad[4:]
+        biases, kept = rest[: len(wanted)], rest[len(wanted) :]
+        given = (q, out, lse, torch.zeros_like(out) if grad_out is None else grad_out, grad_lse)
+        exchange = call.exchange(k, v)
+        arriving = None if call.keep else exchange.start(0)
+        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
+        of_biases: list[Tensor | None] = [
+            torch.zeros_like(bias) if want else None for bias, want in zip(biases, wanted, strict=True)
+        ]
+
+        def part(number: int, layout: BlockLayout, buffers: Buffers) -> tuple[Tensor, Tensor]:
+            bias, want = biases[number], wanted[number]
+            found = call.gradients(layout, *given, buffers, bias, want)
+            dq.add_(found.q)
+            if found.tile_bias is not None:
+                of_biases[number] = found.tile_bias.sum_to_size(bias.shape).to(bias.dtype)
+            return found.k, found.v
+
+        returning = []
+        for number, stage in enumerate(plan.stages):
+            if call.keep:
+                buffers = Buffers(*kept[3 * number : 3 * number + 3])
+            else:
+                buffers = exchange.finish(arriving, stage)
+                arriving = exchange.start(number + 1)
+            pair = (None, None) if stage.layout is None else part(number + 1, stage.layout, buffers)
+            returning.append(exchange.send_back(stage, *pair))
+        total = exchange.zeros()
+        if plan.own is not None:
+            # Computed while the others' gradients are on their way.
+            exchange.add_own(total, *part(0, plan.own, Buffers(k, v, mask)))
+        for stage, back in zip(plan.stages, returning, strict=True):
+            exchange.add_back(back, stage, total)
+        dk, dv = exchange.packed(total, k.shape[2])
+        return None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *of_biases
+
+
+def _merged(done: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Parts over disjoint keys as one, in fp32."""
+    part = part[0].to(part[1].dtype), part[1]
+    return part if done is None else merge_attention(done, part)
+
+
+def _statistic(q: Tensor) -> Tensor:
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.full(q.shape[:3], -math.inf, dtype=wide, device=q.device)
+
+
+def _checked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    tile_bias: Tensor | None,
+    settings: tuple[Any, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors as autocast has them.
+
+    Raises:
+        SparsetileError: what is wrong with this rank's arguments, as far as that can be told alone.
+    """
+    order, is_causal, scale, enable_gqa, backend = settings
+    check_types(query=query, key=key, value=value)
+    optional = {"key_padding_mask": mask, "tile_bias": tile_bias}
+    check_types(**{name: x for name, x in optional.items() if x is not None})
+    query, key, value = as_autocast(query, key, value)
+    # Where there are fewer tiles than ranks one may hold nothing; its other sizes are checked all the same.
+    one = [
+        x[:, :, :0].new_empty((*x.shape[:2], 1, *x.shape[3:])) if _holds_none(x) else x
+        for x in (query, key, value)
+    ]
+    check_tensors(one[0], one[1], one[2], enable_gqa)
+    if query.shape[2] != key.shape[2]:
+        raise ArgumentError(
+            explain(
+                "tokens",
+                expected="as many queries as keys on a rank",
+                got=f"{query.shape[2]} and {key.shape[2]}",
+                fix="Spread queries and keys of one sequence alike.",
+            )
+        )
+    check_name(backend)
+    check_flag("is_causal", is_causal)
+    check_settings(scale, 0.0)
+    check_mask(mask, query, key.shape[2])
+    if order not in ORDERS:
+        raise ArgumentError(
+            explain(
+                "order", expected=f"one of {', '.join(ORDERS)}", got=repr(order), fix="See the docstring."
+            )
+        )
+    plain = op.plain(query, key, value)
+    if not plain:
+        raise BackendError(
+            explain(
+                "distributed attention",
+                expected="plain tensors, outside of compiled graphs, modes and transforms",
+                got="others",
+                fix="Leave the call out of torch.compile.",
+            )
+        )
+    return query, key, value
+
+
+def _holds_none(x: Tensor) -> bool:
+    return x.dim() == 4 and x.shape[2] == 0
+
+
+def _described(
+    query: Tensor,
+    key: Tensor,
+    pattern: object,
+    mask: Tensor | None,
+    tile_bias: Tensor | None,
+    settings: tuple[Any, ...],
+) -> str:
+    """All that must be the same on every rank, for a digest and for people.
+
+    Raises:
+        PatternError, ArgumentError: what is asked for is no pattern or layout.
+    """
+    if isinstance(pattern, BlockLayout):
+        shown = f"a layout with the digest {digest_of(pattern)}"
+        if settings[1]:
+            raise ArgumentError(
+                explain(
+                    "is_causal",
+                    expected="False with a BlockLayout, whose tiles are final",
+                    got=True,
+                    fix="Build it as BlockLayout.from_pattern(pattern & Causal(), …).",
+                )
+            )
+    elif isinstance(pattern, (Pattern, str)):
+        shown = pattern_text(pattern, False)[0]
+    else:
+        raise PatternError(
+            explain(
+                "pattern",
+                expected="a sparsetile Pattern, its text, or a BlockLayout",
+                got=type(pattern).__name__,
+                fix="For example Local(1024) | Global(64).",
+            )
+        )
+    if tile_bias is not None and not isinstance(pattern, BlockLayout):
+        raise ArgumentError(
+            explain(
+                "tile_bias",
+                expected="a BlockLayout, whose tiles it counts",
+                got="a Pattern",
+                fix="Build the layout, and pass it.",
+            )
+        )
+    names = ("order", "is_causal", "scale", "enable_gqa", "backend", "block_size", "max_remote_tokens")
+    batch, heads, _, dim = query.shape
+    gradients = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (query, key, tile_bias)
+    )
+    facts = {
+        "version": _VERSION,
+        "pattern": shown,
+        "batch": batch,
+        "heads": heads,
+        "key-value heads": key.shape[1],
+        "head_dim": dim,
+        "dtype": query.dtype,
+        "device": query.device.type,
+        **dict(zip(names, settings, strict=True)),
+        "key_padding_mask": mask is not None,
+        "tile_bias": None if tile_bias is None else list(tile_bias.shape),
+        "gradients": gradients,
+    }
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
+def _layout(
+    pattern: Pattern | str | BlockLayout, is_causal: bool, length: int, block: int, heads: int
+) -> BlockLayout:
+    """The layout of the whole sequence, on the CPU."""
+    if isinstance(pattern, BlockLayout):
+        return pattern.to("cpu")
+    if isinstance(pattern, str):
+        pattern = op.parsed(pattern)
+    return cached_layout(causal_of(pattern) if is_causal else pattern, length, None, block, "cpu", heads)
+
+
+def _plan(
+    layout: BlockLayout, where: Sharding, rank: int, query: Tensor, key: Tensor, max_remote_tokens: int | None
+) -> RankPlan:
+    """This rank's plan on its device; kept with the layout, so the next call finds it."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    name = f"plan {where} {rank} {heads} {kv_heads} {max_remote_tokens} {query.device}"
+    known = layout._memo.get(name)
+    if not isinstance(known, RankPlan):
+        made = make_plan(
+            layout,
+            where,
+            kv_heads=kv_heads,
+            group_size=heads // kv_heads,
+            max_remote_tokens=max_remote_tokens,
+        )
+        known = layout._memo[name] = made.for_rank(rank).to(query.device)
+    return known
+
+
+def _biases(
+    tile_bias: Tensor | None, query: Tensor, layout: BlockLayout, plan: RankPlan
+) -> list[Tensor | None]:
+    """The bias of each part's tiles, taken from that of the whole layout with gradient."""
+    if tile_bias is None:
+        return [None] * (1 + len(plan.stages))
+    shaped = checked_tile_bias(tile_bias, query, layout)
+    assert shaped is not None
+    mine = shaped.index_select(2, plan.edges)
+    return [mine.index_select(2, edges) for edges in (plan.own_edges, *(x.edges for x in plan.stages))]

@@ -1,0 +1,124 @@
+"""Ranks: who takes part in a call, and the agreement that comes before any payload."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from sparsetile.errors import ArgumentError, MismatchError, explain
+
+_WORDS = 4
+"""int64 words of a digest."""
+
+_side_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """The processes that share a sequence.
+
+    Attributes:
+        group: their process group; None in a world of one.
+        rank, size: this process among them, and how many they are.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def of(cls, group: object) -> Ranks:
+        """From a process group, a one-dimensional DeviceMesh, or None: the default group, or, where no
+        process group was initialised, this process alone.
+
+        Raises:
+            ArgumentError: something else, or a group that this process is no member of.
+        """
+        if isinstance(group, DeviceMesh):
+            if group.ndim != 1:
+                raise ArgumentError(
+                    explain(
+                        "group",
+                        expected="a DeviceMesh of one dimension",
+                        got=f"one of shape {tuple(group.shape)}",
+                        fix="Take the dimension that the sequence is spread over: mesh['cp'].",
+                    )
+                )
+            group = group.get_group()
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        if group is None:
+            return cls(None)
+        if not isinstance(group, dist.ProcessGroup):
+            raise ArgumentError(
+                explain(
+                    "group",
+                    expected="a process group of which this process is a member, a DeviceMesh, or None",
+                    got=type(group).__name__,
+                    fix="Pass mesh['cp'], or what torch.distributed.new_group returned.",
+                )
+            )
+        return cls(group, dist.get_rank(group), dist.get_world_size(group))
+
+    def agree(self, call: str, tokens: int, problem: str | None = None) -> tuple[int, ...]:
+        """Raises on every rank unless all of them make the same call; returns the tokens of each rank.
+
+        One all_gather of five numbers, on the CPU, so that no device is waited for.
+
+        Args:
+            call: what must be equal: settings, shapes, dtypes, versions.
+            tokens: what this rank holds of the sequence.
+            problem: what is wrong with this rank's arguments, if anything is.
+
+        Raises:
+            MismatchError: ranks differ, or one of them has a problem; the same text on each of them.
+        """
+        if self.group is None:
+            return (tokens,)
+        digest = hashlib.sha256((call if problem is None else f"problem {problem}").encode()).digest()
+        words = [int.from_bytes(digest[8 * i : 8 * i + 8], "little", signed=True) for i in range(_WORDS)]
+        mine = torch.tensor([*words, -1 if problem is not None else tokens])
+        everyone = torch.empty(self.size * mine.numel(), dtype=torch.int64)
+        dist.all_gather_into_tensor(everyone, mine, group=self.side())
+        rows = everyone.view(self.size, -1).tolist()
+        if all(row[:-1] == rows[0][:-1] for row in rows) and rows[0][-1] >= 0:
+            return tuple(row[-1] for row in rows)
+        texts: list[str | None] = [None] * self.size
+        dist.all_gather_object(texts, call if problem is None else f"cannot: {problem}", group=self.side())
+        raise MismatchError(_disagreement(texts))
+
+    def side(self) -> dist.ProcessGroup:
+        """A group of the same ranks that moves CPU tensors."""
+        group = self.group
+        assert group is not None
+        if group._get_backend_name() != "nccl":
+            return group
+        known = _side_groups.get(group)
+        if known is None:
+            members = dist.get_process_group_ranks(group)
+            known = dist.new_group(members, backend="gloo", use_local_synchronization=True)
+            _side_groups[group] = known
+        return known
+
+
+def _disagreement(texts: Sequence[str | None]) -> str:
+    of: dict[str | None, list[int]] = {}
+    for rank, text in enumerate(texts):
+        of.setdefault(text, []).append(rank)
+    # What most of them say is what was expected; of equal counts, what the lowest rank says.
+    common = max(of, key=lambda text: len(of[text]))
+    others = "; ".join(
+        f"rank {', '.join(map(str, who))}: {text}" for text, who in of.items() if text != common
+    )
+    return explain(
+        "distributed call",
+        expected=f"the same on all {len(texts)} ranks ({common})",
+        got=others or "the same problem on all of them",
+        fix="Nothing was sent. Give every rank the same pattern, settings, shapes and dtypes.",
+    )

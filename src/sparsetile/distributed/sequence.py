@@ -1,0 +1,129 @@
+"""Spreading a sequence over ranks and putting it together again, with gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparsetile.distributed.ranks import Ranks
+from sparsetile.distributed.sharding import Sharding
+from sparsetile.errors import ArgumentError, explain
+
+
+def shard_sequence(x: Tensor, dim: int, sharding: Sharding, group: object = None) -> Tensor:
+    """This rank's tokens of a sequence that every rank has whole.
+
+    Args:
+        x: any tensor with ``sharding.length`` entries along ``dim``, the same on every rank.
+        dim: the dimension of tokens.
+        sharding: who holds what.
+        group: process group, one-dimensional DeviceMesh, or None: the default group, or this process alone.
+
+    Returns:
+        x with ``sharding.tokens_of(rank)`` entries along ``dim``. Backward is a collective: every rank gets
+        the gradient of all of x, put together from the pieces of all ranks.
+
+    Raises:
+        ArgumentError: x has another length, or the group has another size than the sharding.
+    """
+    ranks = _fitting(sharding, group)
+    dim = _dimension(x, dim, sharding.length, "shard_sequence(x)")
+    piece: Tensor = _Shard.apply(x, dim, sharding, ranks)  # type: ignore[no-untyped-call]
+    return piece
+
+
+def unshard_sequence(x: Tensor, dim: int, sharding: Sharding, group: object = None) -> Tensor:
+    """The whole sequence on every rank, from the tokens that each of them holds.
+
+    Args:
+        x: a tensor with ``sharding.tokens_of(rank)`` entries along ``dim``, all else the same on every rank.
+        dim, sharding, group: as for :func:`shard_sequence`.
+
+    Returns:
+        x with ``sharding.length`` entries along ``dim``, the same on every rank. In backward a rank takes its
+        own tokens of its own gradient: ranks that go on alike, as with a loss that each computes of the whole
+        sequence, count once.
+
+    Raises:
+        ArgumentError: as :func:`shard_sequence`.
+    """
+    ranks = _fitting(sharding, group)
+    dim = _dimension(x, dim, sharding.tokens_of(ranks.rank), "unshard_sequence(x)")
+    whole: Tensor = _Unshard.apply(x, dim, sharding, ranks)  # type: ignore[no-untyped-call]
+    return whole
+
+
+class _Shard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, sharding: Sharding, ranks: Ranks) -> Tensor:
+        ctx.how = dim, sharding, ranks
+        return _own(x, dim, sharding, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _gathered(grad, *ctx.how), None, None, None
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, sharding: Sharding, ranks: Ranks) -> Tensor:
+        ctx.how = dim, sharding, ranks
+        return _gathered(x, dim, sharding, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _own(grad, *ctx.how), None, None, None
+
+
+def _own(x: Tensor, dim: int, sharding: Sharding, ranks: Ranks) -> Tensor:
+    if ranks.size == 1:
+        return x.clone()
+    return x.index_select(dim, sharding.positions_of(ranks.rank).to(x.device))
+
+
+def _gathered(x: Tensor, dim: int, sharding: Sharding, ranks: Ranks) -> Tensor:
+    if ranks.size == 1:
+        return x.clone()
+    counts = [sharding.tokens_of(rank) for rank in range(ranks.size)]
+    rows = x.movedim(dim, 0).contiguous()
+    # Pieces differ by a tile at most; all_gather wants them equal.
+    mine = rows.new_zeros((max(counts), *rows.shape[1:]))
+    mine[: rows.shape[0]] = rows
+    pieces = rows.new_empty((ranks.size * max(counts), *rows.shape[1:]))
+    dist.all_gather_into_tensor(pieces, mine, group=ranks.group)
+    whole = rows.new_empty((sharding.length, *rows.shape[1:]))
+    for rank, count in enumerate(counts):
+        piece = pieces[rank * max(counts) : rank * max(counts) + count]
+        whole.index_copy_(0, sharding.positions_of(rank).to(x.device), piece)
+    return whole.movedim(0, dim).contiguous()
+
+
+def _fitting(sharding: Sharding, group: object) -> Ranks:
+    ranks = Ranks.of(group)
+    if not isinstance(sharding, Sharding) or sharding.ranks != ranks.size:
+        raise ArgumentError(
+            explain(
+                "sharding",
+                expected=f"a Sharding over the {ranks.size} ranks of the group",
+                got=sharding,
+                fix="Sharding.contiguous(length, ranks, block) makes one.",
+            )
+        )
+    return ranks
+
+
+def _dimension(x: Tensor, dim: int, count: int, what: str) -> int:
+    if not isinstance(x, Tensor) or not -x.dim() <= dim < x.dim() or x.shape[dim] != count:
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ArgumentError(
+            explain(
+                what,
+                expected=f"a tensor with {count} entries along dim {dim}",
+                got=got,
+                fix="See Sharding.tokens_of(rank) for what each rank holds.",
+            )
+        )
+    return dim % x.dim()

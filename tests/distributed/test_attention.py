@@ -1,0 +1,263 @@
+"""A sequence over several ranks against the single process: outputs, log-sum-exp and every gradient."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparsetile as st
+from processes import run_ranks
+from sparsetile.distributed import Sharding, distributed_attention, unshard_sequence
+from sparsetile.errors import ArgumentError, MismatchError
+
+BLOCK = 16
+
+
+@dataclass
+class Case:
+    """One call over the whole sequence; ``seed`` draws its tensors."""
+
+    seed: int
+    pattern: Any
+    length: int
+    heads: int = 2
+    kv_heads: int = 2
+    is_causal: bool = False
+    order: str = "contiguous"
+    most: int | None = None
+    padded: bool = False
+    biased: bool = False
+    dtype: torch.dtype = torch.float64
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        torch.manual_seed(self.seed)
+        made = {
+            "q": torch.randn(2, self.heads, self.length, 8, dtype=self.dtype),
+            "k": torch.randn(2, self.kv_heads, self.length, 8, dtype=self.dtype),
+            "v": torch.randn(2, self.kv_heads, self.length, 8, dtype=self.dtype),
+            "grad": torch.randn(2, self.heads, self.length, 8, dtype=self.dtype),
+            "grad_lse": torch.randn(2, self.heads, self.length, dtype=self.dtype),
+        }
+        if self.biased:
+            made["bias"] = torch.randn(self.layout().capacity, dtype=self.dtype)
+        return made
+
+    def layout(self) -> Any:
+        if not self.biased:
+            return self.pattern
+        pattern = self.pattern & st.Causal() if self.is_causal else self.pattern
+        return st.BlockLayout.from_pattern(pattern, self.length, block_size=BLOCK, heads=self.heads)
+
+    def mask(self) -> Tensor | None:
+        torch.manual_seed(self.seed + 1)
+        return torch.rand(2, self.length) < 0.3 if self.padded else None
+
+    def common(self) -> dict[str, Any]:
+        return {
+            "is_causal": self.is_causal and not self.biased,
+            "block_size": BLOCK,
+            "enable_gqa": True,
+            "return_lse": True,
+        }
+
+
+def alone(case: Case) -> dict[str, Tensor]:
+    """The single process."""
+    made = case.tensors()
+    leaves = {name: x.requires_grad_() for name, x in made.items() if not name.startswith("grad")}
+    bias = leaves.get("bias")
+    out, lse = st.sparse_attention(
+        leaves["q"], leaves["k"], leaves["v"], case.layout(), key_padding_mask=case.mask(), tile_bias=bias,
+        **case.common(),
+    )  # fmt: skip
+    total = (out * made["grad"]).sum() + (lse * made["grad_lse"]).masked_fill(lse.isinf(), 0.0).sum()
+    grads = torch.autograd.grad(total, list(leaves.values()))
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def on_rank(rank: int, world: int, cases: list[Case]) -> list[dict[str, Tensor]]:
+    """The same over ranks, put together again."""
+    found = []
+    for case in cases:
+        made = case.tensors()
+        cut = Sharding.balanced if case.order == "balanced" else Sharding.contiguous
+        where = cut(case.length, world, BLOCK)
+        pieces = {
+            name: x.index_select(2, where.positions_of(rank)) for name, x in made.items() if name != "bias"
+        }
+        leaves = {name: pieces[name].requires_grad_() for name in "qkv"}
+        if case.biased:
+            leaves["bias"] = made["bias"].requires_grad_()
+        mask = case.mask()
+        out, lse = distributed_attention(
+            leaves["q"], leaves["k"], leaves["v"], case.layout(), order=case.order,
+            key_padding_mask=None if mask is None else mask[:, where.positions_of(rank)],
+            tile_bias=leaves.get("bias"), max_remote_tokens=case.most, **case.common(),
+        )  # fmt: skip
+        total = (out * pieces["grad"]).sum()
+        total = total + (lse * pieces["grad_lse"]).masked_fill(lse.isinf(), 0.0).sum()
+        grads = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+        whole = {"out": unshard_sequence(out, 2, where), "lse": unshard_sequence(lse, 2, where)}
+        whole |= {name: unshard_sequence(grads[name], 2, where) for name in "qkv"}
+        if case.biased:
+            torch.distributed.all_reduce(grads["bias"])
+            whole["bias"] = grads["bias"]
+        found.append({name: x.detach() for name, x in whole.items()})
+    return found
+
+
+def drawn(seed: int) -> list[Case]:
+    """Patterns × features, lengths that no number of ranks divides."""
+    draw = random.Random(seed)
+    patterns = [
+        st.Local(20),
+        st.Local(30) | st.Global(5),
+        st.Random(0.2, seed=3, by_head=True),
+        st.Full(),
+        st.Strided(48, head_shift=16),
+    ]
+    cases = [
+        Case(
+            draw.getrandbits(30),
+            pattern,
+            draw.randrange(90, 260),
+            heads=4,
+            kv_heads=draw.choice([1, 2, 4]),
+            is_causal=is_causal,
+            order=draw.choice(["contiguous", "balanced"]),
+            most=draw.choice([None, None, BLOCK, 3 * BLOCK]),
+            padded=draw.random() < 0.4 and not isinstance(pattern, (st.Random, st.Strided)),
+            biased=draw.random() < 0.4,
+        )
+        for pattern in patterns
+        for is_causal in (False, True)
+    ]
+    cases.append(Case(draw.getrandbits(30), st.Dilated(64, 2), draw.randrange(90, 200), 4, 2, most=BLOCK))
+    return cases
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_every_world_size_computes_what_one_process_does(world: int) -> None:
+    seed = random.getrandbits(30)
+    cases = drawn(seed) if world < 8 else drawn(seed)[::4]
+    expected = [alone(case) for case in cases]
+    for rank, found in enumerate(run_ranks(on_rank, world, cases)):
+        for case, want, got in zip(cases, expected, found, strict=True):
+            for name, value in want.items():
+                where = f"rank {rank}, {name}, {case}"
+                close = torch.allclose(got[name], value, rtol=1e-10, atol=1e-10)
+                assert close, f"{where}: off by {(got[name] - value).abs().max():.3g}"
+
+
+def few_tokens(rank: int, world: int) -> None:
+    """Ranks that hold nothing take part."""
+    case = Case(5, st.Local(40), 2 * BLOCK + 3, is_causal=True, padded=True)
+    expected = alone(case)
+    for name, got in on_rank(rank, world, [case])[0].items():
+        torch.testing.assert_close(got, expected[name], rtol=1e-10, atol=1e-10)
+
+
+def test_ranks_without_tokens() -> None:
+    run_ranks(few_tokens, 4)
+
+
+def bits(rank: int, world: int) -> list[list[Tensor]]:
+    case = Case(11, st.Local(40) | st.Global(16), 333, 4, 2, dtype=torch.float32, most=2 * BLOCK)
+    return [list(on_rank(rank, world, [case])[0].values()) for _ in range(2)]
+
+
+def test_the_same_bits_every_time_and_on_every_rank() -> None:
+    first, *others = run_ranks(bits, 3)
+    for found in (first[1], *(run[0] for run in others)):
+        assert all(torch.equal(a, b) for a, b in zip(first[0], found, strict=True))
+
+
+def half_precision(rank: int, world: int) -> None:
+    case = Case(7, st.Local(60), 400, 4, 2, is_causal=True, dtype=torch.bfloat16, most=BLOCK)
+    expected = alone(case)
+    for name, got in on_rank(rank, world, [case])[0].items():
+        want = expected[name]
+        assert got.dtype == want.dtype
+        error = (got.double() - want.double()).norm() / want.double().norm()
+        assert error < 2**-7, f"{name}: {error:.3g}"
+
+
+def test_half_precision() -> None:
+    run_ranks(half_precision, 2)
+
+
+def counted(rank: int, world: int, most: int | None) -> tuple[int, int]:
+    """Bytes that the collectives of a forward brought this rank from others, and what the plan says."""
+    received, plain = 0, torch.distributed.all_to_all_single
+
+    def all_to_all(output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal received
+        splits = args[1]
+        unit = output.nbytes // max(1, output.shape[0])
+        received += unit * (sum(splits) - splits[rank])
+        return plain(output, *args, **kwargs)
+
+    torch.distributed.all_to_all_single = all_to_all
+    case = Case(3, st.Local(40) | st.Global(16), 500, 4, 2, is_causal=True)
+    made = case.tensors()
+    where = Sharding.contiguous(case.length, world, BLOCK)
+    q, k, v = (made[name].index_select(2, where.positions_of(rank)) for name in "qkv")
+    distributed_attention(
+        q, k, v, case.pattern, is_causal=True, block_size=BLOCK, enable_gqa=True, max_remote_tokens=most
+    )
+    # By hand: key tiles that this rank's rows attend and do not own, keys and values of all heads.
+    layout = st.BlockLayout.from_pattern(case.pattern & st.Causal(), case.length, block_size=BLOCK)
+    row, column = layout.rows_and_columns()
+    owner = where.tile_owner()
+    needed = column[(owner[row] == rank) & (owner[column] != rank)].unique().numel()
+    return received, needed * 2 * 2 * 2 * BLOCK * 8 * 8
+
+
+@pytest.mark.parametrize("most", [None, BLOCK])
+def test_a_rank_receives_the_tiles_that_its_rows_attend_and_no_more(most: int | None) -> None:
+    for received, needed in run_ranks(counted, 4, most):
+        assert received == needed
+
+
+def disagreeing(rank: int, world: int, what: str) -> str:
+    case = Case(1, st.Local(40), 30 * BLOCK, 2, 2, dtype=torch.float32)
+    where = Sharding.contiguous(case.length, world, BLOCK)
+    made = case.tensors()
+    q, k, v = (made[name].index_select(2, where.positions_of(rank)) for name in "qkv")
+    pattern: Any = case.pattern
+    settings: dict[str, Any] = {}
+    if rank == 1:
+        if what == "pattern":
+            pattern = st.Local(41)
+        elif what == "layout":
+            pattern = st.BlockLayout.from_pattern(st.Local(40), case.length, block_size=BLOCK)
+        elif what == "shape":
+            k = k[:, :, :-1]
+        elif what == "dtype":
+            q, k, v = q.double(), k.double(), v.double()
+        elif what == "gradient":
+            q = q.requires_grad_()
+        elif what == "setting":
+            settings["scale"] = 0.3
+        elif what == "tokens":
+            q, k, v = (x[:, :, :-BLOCK] for x in (q, k, v))
+    try:
+        distributed_attention(q, k, v, pattern, block_size=BLOCK, **settings)
+    except (MismatchError, ArgumentError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize("what", ["pattern", "layout", "shape", "dtype", "gradient", "setting", "tokens"])
+def test_ranks_that_differ_all_raise_the_same(what: str) -> None:
+    texts = run_ranks(disagreeing, 3, what, seconds=60)
+    assert len(set(texts)) == 1
+    assert texts[0].startswith("ArgumentError: tokens" if what == "tokens" else "MismatchError"), texts[0]
+    if what != "tokens":
+        assert "rank 1: " in texts[0] and "Nothing was sent" in texts[0]

@@ -1,0 +1,42 @@
+"""Cutting a sequence and putting it together, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from processes import run_ranks
+from sparsetile.distributed import Sharding, shard_sequence, unshard_sequence
+from sparsetile.errors import ArgumentError
+
+
+def both_ways(rank: int, world: int, length: int) -> None:
+    for where in (Sharding.contiguous(length, world, 16), Sharding.balanced(length, world, 16)):
+        torch.manual_seed(length)
+        x = torch.randn(2, length, 3, requires_grad=True)
+        piece = shard_sequence(x, 1, where)
+        assert torch.equal(piece, x[:, where.positions_of(rank)])
+        whole = unshard_sequence(piece * (rank + 1), -2, where)
+        weight = torch.randn(2, length, 3)
+        (grad,) = torch.autograd.grad((whole * weight).sum(), x)
+        factor = torch.cat([torch.full((where.tokens_of(r),), r + 1.0) for r in range(world)])
+        order = torch.cat([where.positions_of(r) for r in range(world)])
+        by_position = torch.empty(length).index_copy_(0, order, factor)[:, None]
+        torch.testing.assert_close(whole, x * by_position)
+        torch.testing.assert_close(grad, weight * by_position)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("length", [16, 100, 161])
+def test_pieces_make_the_whole_and_gradients_come_back(world: int, length: int) -> None:
+    run_ranks(both_ways, world, length)
+
+
+def test_bad_arguments_say_what_fits() -> None:
+    where = Sharding.contiguous(100, 1, 16)
+    with pytest.raises(ArgumentError, match="100 entries along dim 1"):
+        shard_sequence(torch.zeros(2, 99), 1, where)
+    with pytest.raises(ArgumentError, match="over the 1 ranks"):
+        shard_sequence(torch.zeros(2, 100), 1, Sharding.contiguous(100, 2, 16))
+    with pytest.raises(ArgumentError, match="a process group"):
+        shard_sequence(torch.zeros(2, 100), 1, where, group="cp")

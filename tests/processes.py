@@ -1,0 +1,65 @@
+"""Runs a function in several processes that form a gloo group, with a deadline."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def _one(
+    function: Callable[..., Any], rank: int, world: int, store: str, queue: Any, args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, world),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=60),
+        )
+        # As bytes: tensors would else be shared memory, which goes with this process.
+        queue.put(pickle.dumps((rank, function(rank, world, *args), None)))
+        dist.destroy_process_group()
+    except BaseException:
+        queue.put(pickle.dumps((rank, None, traceback.format_exc())))
+
+
+def run_ranks(function: Callable[..., Any], world: int, *args: Any, seconds: float = 120.0) -> list[Any]:
+    """What ``function(rank, world, *args)`` returns on each rank, in the order of ranks; values must pickle.
+
+    The processes are forks, so functions need no module of their own and torch is imported already.
+    """
+    context = mp.get_context("fork")
+    queue = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        each = [
+            context.Process(target=_one, args=(function, rank, world, store, queue, args), daemon=True)
+            for rank in range(world)
+        ]
+        for process in each:
+            process.start()
+        found: dict[int, Any] = {}
+        end = time.monotonic() + seconds
+        try:
+            while len(found) < world:
+                rank, value, problem = pickle.loads(queue.get(timeout=max(0.1, end - time.monotonic())))
+                assert problem is None, f"rank {rank} of {world}:\n{problem}"
+                found[rank] = value
+        finally:
+            for process in each:
+                process.join(timeout=5 if len(found) == world else 0.1)
+                if process.is_alive():
+                    process.kill()
+    return [found[rank] for rank in range(world)]
