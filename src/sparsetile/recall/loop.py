@@ -136,7 +136,7 @@ def run(arm: str, seed: int, settings: Settings, start: Start, emit: Emit) -> di
     checks: list[dict[str, Any]] = []
 
     def check(step: int) -> None:
-        found = accuracy(model, attends, settings, seed, settings.held_out // 4)
+        found = accuracy(model, attends, settings, seed, settings.held_out // 8)
         checks.append({"step": step, "accuracy": found})
         emit({"event": "check", "step": step, "accuracy": found})
 
