@@ -105,7 +105,7 @@ def claims(runs: list[Run]) -> list[str]:
     accuracy = {arm: over_seeds(some, "accuracy") for arm, some in arms.items()}
     learned, dense, moba = (accuracy.get(arm) for arm in ("learned", "dense", "moba"))
     fixed = {arm: accuracy[arm] for arm in FIXED if arm in accuracy}
-    said: list[tuple[bool, str]] = []
+    said: list[tuple[bool | None, str]] = []
     if learned:
         said.append((learned.mean >= 0.95, f"learned answers at least 0.95: {learned}"))
     if learned and dense:
@@ -121,11 +121,12 @@ def claims(runs: list[Run]) -> list[str]:
         if learned.half is not None and moba.half is not None:
             apart = learned.mean - learned.half > moba.mean + moba.half
         text = f"learned ({learned}) above moba ({moba}), intervals apart"
-        said.append((bool(apart), text if apart is not None else f"{text} (one seed has no interval)"))
+        said.append((apart, text if apart is not None else f"{text} (one seed has no interval)"))
     if learned:
         recall = over_seeds(arms["learned"], "recall")
         said.append((recall.mean >= 0.95, f"learned keeps at least 0.95 of the oracle's mass: {recall}"))
-    return [f"{'yes' if holds else 'NO'}: {text}" for holds, text in said]
+    words = {True: "yes", False: "NO", None: "open"}
+    return [f"{words[holds]}: {text}" for holds, text in said]
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -133,7 +134,7 @@ def markdown(result: dict[str, Any]) -> str:
     runs, settings = result["runs"], result["settings"]
     task, model = settings["task"], settings["model"]
     lines = ["# sparsetile recall", ""]
-    lines += [text for where in result["provenance"] for text in (_origin(where), "")]
+    lines += [text for where in result["provenance"] for text in (origin(where), "")]
     tiles = task["length"] // task["block"]
     lines += [
         f"Block-MQAR: {task['length']:,} tokens in {tiles} tiles of {task['block']}, {task['pairs']} pairs "
@@ -159,7 +160,8 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _origin(where: dict[str, Any]) -> str:
+def origin(where: dict[str, Any]) -> str:
+    """One line of a result's ``provenance()``."""
     machine, versions = where["machine"], where["versions"]
     devices = ", ".join(device["name"] for device in machine["devices"]) or "no GPU"
     modified = " with uncommitted changes" if where["modified"] else ""
