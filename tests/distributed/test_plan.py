@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pattern_draws import pattern, runs
-from sparsetile.distributed.plan import Plan, RankPlan, make_plan
+from sparsetile.distributed.plan import Plan, make_plan
 from sparsetile.distributed.sharding import Sharding
 from sparsetile.errors import ArgumentError, LayoutError, PatternError
 from sparsetile.functional import sparse_attention
@@ -34,7 +34,9 @@ def draw_plan(draw: st.DrawFn) -> Plan:
         order = draw(st.permutations(range(ranks * draw(st.integers(1, 3)))))
         sharding = Sharding(length, ranks, block, tuple(order))
     most = draw(st.none() | st.integers(block, 6 * block))
-    return make_plan(layout, sharding, kv_heads=kv_heads, group_size=group_size, max_remote_tokens=most)
+    node = draw(st.sampled_from([None, *(n for n in range(1, ranks + 1) if ranks % n == 0)]))
+    heads = {"kv_heads": kv_heads, "group_size": group_size}
+    return make_plan(layout, sharding, **heads, ranks_per_node=node, max_remote_tokens=most)
 
 
 def _needed(plan: Plan, rank: int) -> set[tuple[int, int]]:
@@ -98,43 +100,63 @@ def test_what_travels(plan):
     sharding, count = plan.sharding, plan.sharding.ranks
     ranks = [plan.for_rank(r) for r in range(count)]
     owner, place = sharding.tile_owner(), sharding.local_index()
+    node = torch.arange(count) // (plan.ranks_per_node or count)
+    crossings = []
     for mine in ranks:
         assert len(mine.stages) == plan.stages
-        received = [tuple(unit) for stage in mine.stages for unit in stage.recv_units.tolist()]
+        received = []
+        for number, stage in enumerate(mine.stages):
+            recv, sent = plan.recv_counts(mine.rank)[number], plan.send_counts(mine.rank)[number]
+            units, slots = [stage.recv_units], [stage.slots]
+            assert torch.equal(owner[stage.recv_units[:, 0]], _ranks(stage.recv_splits))
+            assert torch.equal(place[stage.send_units[:, 0]], stage.send_places)
+            assert torch.equal(mine.tiles[stage.send_places], stage.send_units[:, 0])
+            crossing = node[_ranks(stage.recv_splits)] != node[mine.rank]
+            crossings += [(int(node[mine.rank]), *unit) for unit in stage.recv_units[crossing].tolist()]
+            exchanges = [(stage, [other.stages[number] for other in ranks])]
+            if stage.forward is not None:
+                units.append(stage.forward.recv_units)
+                slots.append(stage.forward.slots)
+                exchanges.append((stage.forward, [other.stages[number].forward for other in ranks]))
+                assert (node[_ranks(stage.forward.recv_splits)] == node[mine.rank]).all()
+                # What is passed on lies in the buffer already.
+                assert torch.isin(stage.forward.send_slots, stage.slots).all()
+                passed = stage.tiles.flatten()[stage.forward.send_slots]
+                assert torch.equal(passed, stage.forward.send_units[:, 0])
+                recv = recv - torch.tensor(stage.forward.recv_splits)
+                sent = sent - torch.tensor(stage.forward.send_splits)
+            assert recv.tolist() == stage.recv_splits and sent.tolist() == stage.send_splits
+            for exchange, others in exchanges:
+                assert exchange.recv_splits[mine.rank] == exchange.send_splits[mine.rank] == 0
+                sources = _ranks(exchange.recv_splits).tolist()
+                order = [(r, h, t) for r, (t, h) in zip(sources, exchange.recv_units.tolist(), strict=True)]
+                assert order == sorted(order)
+                # What others send is what this rank expects, in its order.
+                pieces = [other.send_units.split(other.send_splits)[mine.rank] for other in others]
+                assert torch.equal(torch.cat(pieces), exchange.recv_units)
+            (tile, head), slot = torch.cat(units).unbind(1), torch.cat(slots)
+            received += zip(tile.tolist(), head.tolist(), strict=True)
+            if plan.max_remote_tokens is not None:
+                assert stage.width * sharding.block <= plan.max_remote_tokens
+            assert stage.tiles.shape[0] == plan.groups
+            assert torch.equal(stage.tiles.flatten()[slot], tile)
+            assert torch.equal(slot // max(1, stage.width), head)
+            assert int((stage.tiles >= 0).sum()) == tile.numel() == slot.unique().numel()
+            if plan.heads_together:
+                assert torch.equal(slot, torch.arange(tile.numel()))
         # Each needed unit once, and no other.
         assert len(received) == len(set(received))
         assert set(received) == _needed(plan, mine.rank)
-        for number, stage in enumerate(mine.stages):
-            tile, head = stage.recv_units.unbind(1)
-            source = owner[tile]
-            order = list(zip(source.tolist(), head.tolist(), tile.tolist(), strict=True))
-            assert order == sorted(order)
-            assert stage.recv_splits == torch.bincount(source, minlength=count).tolist()
-            assert plan.recv_counts(mine.rank)[number].tolist() == stage.recv_splits
-            assert plan.send_counts(mine.rank)[number].tolist() == stage.send_splits
-            if plan.max_remote_tokens is not None:
-                assert stage.width * sharding.block <= plan.max_remote_tokens
-            groups = stage.tiles.shape[0]
-            assert groups == plan.groups
-            assert torch.equal(stage.tiles.flatten()[stage.slots], tile)
-            assert torch.equal(stage.slots // max(1, stage.width), head)
-            assert int((stage.tiles >= 0).sum()) == tile.numel() == stage.slots.unique().numel()
-            if plan.heads_together:
-                assert torch.equal(stage.slots, torch.arange(tile.numel()))
-            # What others send is what this rank expects, in its order.
-            pieces = [_sent_to(ranks[source], number, mine.rank) for source in range(count)]
-            assert torch.equal(torch.cat(pieces), stage.recv_units)
-            assert torch.equal(mine.tiles[stage.send_places], stage.send_units[:, 0])
-            assert torch.equal(place[stage.send_units[:, 0]], stage.send_places)
-            assert stage.send_splits[mine.rank] == stage.recv_splits[mine.rank] == 0
-    # No stage is empty everywhere.
+    # One copy a node.
+    assert len(crossings) == len(set(crossings))
     for number in range(plan.stages):
         assert any(mine.stages[number].recv_units.numel() for mine in ranks)
+        assert len({mine.stages[number].forward is None for mine in ranks}) == 1
 
 
-def _sent_to(rank: RankPlan, number: int, destination: int) -> torch.Tensor:
-    stage = rank.stages[number]
-    return stage.send_units.split(stage.send_splits)[destination]
+def _ranks(splits: list[int]) -> torch.Tensor:
+    """The rank of each unit of an exchange."""
+    return torch.arange(len(splits)).repeat_interleave(torch.tensor(splits))
 
 
 @pytest.mark.parametrize("by_head", [False, True])
@@ -218,6 +240,16 @@ def test_stages_ask_different_ranks():
     for number in range(7):
         asked = [plan.for_rank(r).stages[number].recv_splits for r in range(8)]
         assert [split.index(4) for split in asked] == [(r - 1 - number) % 8 for r in range(8)]
+
+
+def test_global_keys_cross_to_a_node_once():
+    plan = Plan.from_pattern(
+        Global(3 * 16, rows=False), Sharding.contiguous(16 * 64, 8, 16), ranks_per_node=4
+    )
+    stages = [plan.for_rank(r).stages[0] for r in range(8)]
+    assert [sum(stage.recv_splits) for stage in stages] == [0, 3, 3, 3, 1, 1, 1, 0]
+    assert [sum(stage.forward.recv_splits) for stage in stages] == [0, 0, 0, 0, 2, 2, 2, 3]
+    assert [sum(stage.forward.send_splits) for stage in stages] == [0, 0, 0, 0, 3, 3, 3, 0]
 
 
 def test_heads_of_their_own_get_their_own_units():

@@ -3,36 +3,39 @@
 A *unit* is what is sent or not sent: one key tile of one kv head, or of all kv heads at once where all heads
 share the layout. A rank receives the units that its rows attend and that lie elsewhere, each once, nothing
 else. Where the memory for them is bounded they come in stages; the attention over one stage is an ordinary
-call with a layout whose columns are the stage's buffer.
+call with a layout whose columns are the stage's buffer. Between nodes one copy of a unit travels: one of the
+ranks that need it receives it and passes it on to the others of its node.
 
 Everything here is a pure function of the layout and the sharding, without communication, and so the same on
-every rank; :attr:`Plan.hash` is what ranks compare to be sure of it. Time and memory are O(tiles + units),
-besides one bit of work for each (rank, kv head, key tile).
+every rank; :attr:`Plan.hash` is what ranks compare to be sure of it. Memory is O(tiles + units), and so is
+time, but for one byte written for each (rank, kv head, key tile).
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from sparsetile.distributed.rank_plan import Forward, RankPlan, Stage, places, rank_plan, rows_of, starts_of
 from sparsetile.distributed.sharding import Sharding
 from sparsetile.errors import ArgumentError, LayoutError, explain
 from sparsetile.layout.blocks import BlockLayout
-from sparsetile.layout.build import Rows
 from sparsetile.patterns.base import Pattern
 
-_VERSION = 1  # of what a plan means: ranks that mean different things must not exchange
+__all__ = ["Forward", "Plan", "RankPlan", "Stage", "digest_of", "make_plan"]
+
+_VERSION = 2  # of what a plan means: ranks that mean different things must not exchange
 _LEAST_MARKS = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Every unit that travels, in the order (destination, stage, source, kv head, tile).
+    """Every unit that travels, in the order (destination, stage, hop, sender, kv head, tile).
 
     Attributes:
         layout: the layout of the whole sequence, on the CPU.
@@ -41,7 +44,9 @@ class Plan:
         ranks_per_node: ranks ``0 … n − 1`` are on the first node, and so on; None: one node.
         max_remote_tokens: the most tokens of a stage's buffer on any rank, None: no bound.
         starts: int64 ``[ranks + 1]``: where the units of each destination start.
-        stage, source, head, tile: int64 ``[units]``.
+        stage, source, sender, head, tile: int64 ``[units]``. ``source`` owns the tile. ``sender`` is the
+            source too (hop 0), or another rank of the destination's node that received the unit in the same
+            stage (hop 1).
         stages: how many stages every rank goes through.
     """
 
@@ -54,6 +59,7 @@ class Plan:
     starts: Tensor
     stage: Tensor
     source: Tensor
+    sender: Tensor
     head: Tensor
     tile: Tensor
     stages: int
@@ -119,13 +125,18 @@ class Plan:
         digest.update(repr((_VERSION, *numbers, self.max_remote_tokens, self.units)).encode())
         return digest.hexdigest()
 
+    @cached_property
+    def forwards(self) -> list[bool]:
+        """Whether anything is passed on, for each stage."""
+        return torch.bincount(self.stage[self.sender != self.source], minlength=self.stages).bool().tolist()
+
     def recv_counts(self, rank: int) -> Tensor:
-        """int64 ``[stages, ranks]``: units that ``rank`` receives from each."""
-        mine = self._received(rank)
-        return _counts(self.stage[mine], self.source[mine], self.stages, self.sharding.ranks)
+        """int64 ``[stages, ranks]``: units that ``rank`` receives from each, at first or second hand."""
+        mine = self.received(rank)
+        return _counts(self.stage[mine], self.sender[mine], self.stages, self.sharding.ranks)
 
     def send_counts(self, rank: int) -> Tensor:
-        """int64 ``[stages, ranks]``: units that ``rank`` sends to each."""
+        """int64 ``[stages, ranks]``: units that ``rank`` sends or passes on to each."""
         mine = self._sent(rank)
         return _counts(self.stage[mine], self.destination[mine], self.stages, self.sharding.ranks)
 
@@ -134,19 +145,31 @@ class Plan:
         with torch.device("cpu"):
             return rank_plan(self, rank)
 
-    def _received(self, rank: int) -> slice:
+    def received(self, rank: int) -> slice:
+        """The units that a rank receives."""
         self.sharding._check(rank)
         return slice(int(self.starts[rank]), int(self.starts[rank + 1]))
 
+    def units_between(self, rank: int, stage: int, hop: int) -> tuple[Tensor, Tensor]:
+        """The numbers of the units that a rank receives and of those that it sends in one exchange."""
+        mine = self.received(rank)
+        chosen = self._of(self.stage[mine], self.sender[mine], self.source[mine], stage, hop) + mine.start
+        sent = self._sent(rank)
+        return chosen, sent[self._of(self.stage[sent], self.sender[sent], self.source[sent], stage, hop)]
+
+    @staticmethod
+    def _of(stages: Tensor, sender: Tensor, source: Tensor, stage: int, hop: int) -> Tensor:
+        return ((stages == stage) & ((sender != source) == bool(hop))).nonzero().flatten()
+
     def _sent(self, rank: int) -> Tensor:
-        """Places of the units that a rank sends, in the order of units."""
+        """The numbers of the units that a rank sends, ascending."""
         self.sharding._check(rank)
-        order, starts = self._by_source
+        order, starts = self._by_sender
         return order[int(starts[rank]) : int(starts[rank + 1])]
 
     @cached_property
-    def _by_source(self) -> tuple[Tensor, Tensor]:
-        return self.source.argsort(stable=True), _starts(self.source, self.sharding.ranks)
+    def _by_sender(self) -> tuple[Tensor, Tensor]:
+        return self.sender.argsort(stable=True), starts_of(self.sender, self.sharding.ranks)
 
 
 def make_plan(
@@ -167,10 +190,11 @@ def make_plan(
         sharding: where positions live.
         kv_heads: key-value heads.
         group_size: query heads that share one.
-        ranks_per_node: how many consecutive ranks one node holds; None: all.
+        ranks_per_node: how many consecutive ranks one node holds; None: all. A unit that several ranks of
+            another node need travels there once.
         max_remote_tokens: the most tokens that a rank's buffer of one stage holds (of each kv head); at least
             one tile. Stages are filled with the units of the nearest ranks behind first, so that in one stage
-            not everyone asks the same rank.
+            not everyone asks the same rank. The ranks of a node receive a unit in the same stage.
 
     Raises:
         LayoutError: the layout is not as above.
@@ -201,31 +225,97 @@ def make_plan(
         groups = 1 if layout.heads == 1 else kv_heads
         destination, head, tile = _needed(layout, sharding, groups)
         source = sharding.tile_owner()[tile]
+        node = 1 if ranks_per_node in (None, sharding.ranks) else _count("ranks_per_node", ranks_per_node)
+        travel = _Travel(sharding, groups, node, destination, source, head, tile)
+        sender = travel.senders()
         stage, stages = torch.zeros_like(tile), int(tile.numel() > 0)
         if max_remote_tokens is not None and stages:
-            most = max_remote_tokens // sharding.block
-            line = destination * groups + head
-            behind = (destination - source).remainder(sharding.ranks)
-            order = (line * sharding.ranks + behind).argsort(stable=True)
-            stage[order] = _places(line[order], sharding.ranks * groups) // most
-            stages = int(stage.max()) + 1
-        order = ((destination * stages + stage) * sharding.ranks + source).argsort(stable=True)
-        stage, source, head, tile = (x.index_select(0, order) for x in (stage, source, head, tile))
-        starts = _starts(destination, sharding.ranks)
-    return Plan(
-        layout,
-        sharding,
-        kv_heads,
-        group_size,
-        ranks_per_node,
-        max_remote_tokens,
-        starts,
-        stage,
-        source,
-        head,
-        tile,
-        stages,
-    )
+            stage, stages = travel.in_stages(max_remote_tokens // sharding.block)
+        hop = (sender != source).long()
+        order = ((destination * stages + stage) * 2 + hop) * sharding.ranks + sender
+        order = order.argsort(stable=True)
+        return Plan(
+            layout=layout,
+            sharding=sharding,
+            kv_heads=kv_heads,
+            group_size=group_size,
+            ranks_per_node=ranks_per_node,
+            max_remote_tokens=max_remote_tokens,
+            starts=starts_of(destination, sharding.ranks),
+            stage=stage[order],
+            source=source[order],
+            sender=sender[order],
+            head=head[order],
+            tile=tile[order],
+            stages=stages,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Travel:
+    """The units of all destinations, ascending by (destination, kv head, tile), before they are ordered.
+
+    ``node`` is the number of ranks that share what comes from elsewhere: 1 if there is one node only.
+    """
+
+    sharding: Sharding
+    groups: int
+    node: int
+    destination: Tensor
+    source: Tensor
+    head: Tensor
+    tile: Tensor
+
+    def senders(self) -> Tensor:
+        """Who sends each unit: its owner, or the rank of the destination's node that receives it for all.
+
+        That is one of those that need it, another one for each unit in turn.
+        """
+        if self.node == 1:
+            return self.source
+        home = self.destination // self.node
+        crossing = (home != self.source // self.node).nonzero().flatten()
+        key = (home[crossing] * self.groups + self.head[crossing]) * self.sharding.tiles + self.tile[crossing]
+        crossing = crossing[key.argsort(stable=True)]
+        _, copy, counts = torch.unique(key, return_inverse=True, return_counts=True)
+        copy = copy.sort().values
+        destination = self.destination[crossing]
+        chosen = places(copy, counts.numel()) == copy % counts[copy]
+        relay = destination[chosen][copy]
+        sender = self.source.clone()
+        sender[crossing] = torch.where(relay == destination, sender[crossing], relay)
+        return sender
+
+    def in_stages(self, most: int) -> tuple[Tensor, int]:
+        """The stage of each unit, and how many there are; no rank has more than ``most`` tiles of a kv head
+        in one.
+
+        Each line (rank, kv head) takes its units in the order of their distance, and the lines of a node stop
+        a stage at the same unit: where the first of them is full.
+        """
+        ranks, lines = self.sharding.ranks, self.sharding.ranks * self.groups
+        last = (self.destination // self.node + 1) * self.node - 1
+        behind = (last - self.source).remainder(ranks)
+        span = ranks * self.sharding.tiles
+        line = self.destination * self.groups + self.head
+        key, order = (line * span + behind * self.sharding.tiles + self.tile).sort()
+        base = torch.arange(lines) * span
+        party = torch.arange(lines) // (self.groups * self.node) * self.groups
+        party += torch.arange(lines) % self.groups
+        starts = starts_of(line, lines)
+        now, ends = starts[:-1], starts[1:]
+        counts = []
+        while bool((now < ends).any()):
+            full = now + most
+            stop = torch.where(full < ends, key[full.clamp(max=key.numel() - 1)] - base, span)
+            common = torch.full((lines,), span).scatter_reduce_(0, party, stop, "amin")
+            after = torch.searchsorted(key, base + common[party])
+            counts.append(after - now)
+            now = after
+        numbers = torch.arange(len(counts)).repeat(lines)
+        stage = torch.empty_like(self.tile)
+        stage[order] = numbers.repeat_interleave(torch.stack(counts, 1).flatten(), output_size=key.numel())
+        return stage, len(counts)
 
 
 def _needed(layout: BlockLayout, sharding: Sharding, groups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,7 +331,7 @@ def _needed(layout: BlockLayout, sharding: Sharding, groups: int) -> tuple[Tenso
     for first in range(0, ranks, at_once):
         some = torch.arange(first, min(first + at_once, ranks))
         rows = torch.isin(owner, some).nonzero().flatten() if at_once < ranks else torch.arange(tiles)
-        edges, row = _rows_of(layout, rows)
+        edges, row = rows_of(layout, rows)
         group = row // max(1, rows.numel() * (layout.heads // groups))
         rank = owner[rows[row % rows.numel()]] - first if rows.numel() else row
         marks = torch.zeros(some.numel() * groups * tiles, dtype=torch.bool)
@@ -255,33 +345,6 @@ def _needed(layout: BlockLayout, sharding: Sharding, groups: int) -> tuple[Tenso
         found.append((rank + first, head, tile))
     destination, head, tile = (torch.cat(parts) for parts in zip(*found, strict=True))
     return destination, head, tile
-
-
-def _rows_of(layout: BlockLayout, tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """The edges of the rows of these query tiles, in the order (head, query tile, key tile), and the row of
-    each, counted as ``head · len(tiles) + place in tiles``."""
-    rows = (torch.arange(layout.heads)[:, None] * layout.q_blocks + tiles).flatten()
-    first = layout.indptr[:-1].index_select(0, rows).long()
-    counts = layout.row_counts().index_select(0, rows).long()
-    total = int(counts.sum())
-    row = torch.arange(rows.numel()).repeat_interleave(counts, output_size=total)
-    before = counts.cumsum(0) - counts
-    return torch.arange(total) + (first - before).index_select(0, row), row
-
-
-def _places(line: Tensor, lines: int) -> Tensor:
-    """The place of each entry among those of its line, in order."""
-    order = line.argsort(stable=True)
-    place = torch.empty_like(line)
-    place[order] = torch.arange(line.numel()) - _starts(line, lines)[line[order]]
-    return place
-
-
-def _starts(line: Tensor, lines: int) -> Tensor:
-    """int64 ``[lines + 1]``: where each line starts once entries are sorted by line."""
-    starts = torch.zeros(lines + 1, dtype=torch.int64, device="cpu")
-    torch.cumsum(torch.bincount(line, minlength=lines), 0, out=starts[1:])
-    return starts
 
 
 def _counts(stage: Tensor, rank: Tensor, stages: int, ranks: int) -> Tensor:
