@@ -1,4 +1,4 @@
-"""The command ``sparsetile``: doctor, show, bench, train, recall.
+"""The command ``sparsetile``: doctor, show, bench, train, recall, mixed.
 
 Bad input and failures end with one line on stderr and a non-zero exit code: 2 for bad usage or input, 1 for
 what failed, 130 after Ctrl-C. A traceback is a bug.
@@ -57,6 +57,10 @@ _COMMANDS = {
     "recall": (
         "whether learned tiles hold what a query asks for, next to other ways of choosing them",
         "examples:\n  sparsetile recall\n",
+    ),
+    "mixed": (
+        "whether a share of the mass needs fewer tiles than a fixed number, on easy and hard inputs",
+        "examples:\n  sparsetile mixed\n",
     ),
 }
 
@@ -140,6 +144,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "bench": _delegate("sparsetile.bench.cli"),
         "train": _delegate("sparsetile.train.cli"),
         "recall": _delegate("sparsetile.recall.cli"),
+        "mixed": _delegate("sparsetile.recall.mixed_cli"),
     }
     for name, (summary, examples) in _COMMANDS.items():
         command = commands.add_parser(

@@ -291,11 +291,9 @@ class MixedSettings:
         return replace(common, base_sparsity=1.0 - arm / task.tiles)
 
     def short_task(self) -> MixedTask:
-        """The same task over as few tiles as can be."""
+        """The same task over as few tiles as can be, with as many questions."""
         task = self.task
-        tiles = 2 * task.votes
-        most = tiles // task.votes * (task.block // 2)
-        return replace(task, tiles=tiles, questions=min(task.questions, most))
+        return replace(task, tiles=2 * task.votes, questions=min(task.block, 2 * task.votes, task.keys - 1))
 
     def identity(self) -> dict[str, Any]:
         """All of it, as values that ``json`` can write."""
