@@ -3,6 +3,7 @@
 from sparsetile._version import __version__
 from sparsetile.dilated import dilated_attention
 from sparsetile.distributed.config import DistributedSparseConfig
+from sparsetile.distributed.module import BlockSparseRingDistributedDilatedAttention
 from sparsetile.functional import merge_attention, sparse_attention
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.nn.adaptive import AdaptiveConfig, BlockSparseAdaptive
@@ -37,6 +38,7 @@ __all__ = [
     "BlockLayout",
     "BlockSparseAdaptive",
     "BlockSparseRingDilatedAttention",
+    "BlockSparseRingDistributedDilatedAttention",
     "BlockSparseRingMultiheadDilatedAttention",
     "Budget",
     "Causal",

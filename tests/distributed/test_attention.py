@@ -260,4 +260,4 @@ def test_ranks_that_differ_all_raise_the_same(what: str) -> None:
     assert len(set(texts)) == 1
     assert texts[0].startswith("ArgumentError: tokens" if what == "tokens" else "MismatchError"), texts[0]
     if what != "tokens":
-        assert "rank 1: " in texts[0] and "Nothing was sent" in texts[0]
+        assert "rank 1" in texts[0] and "Nothing was sent" in texts[0]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import sparsetile as st
-from sparsetile.errors import ArgumentError, NotBuiltError, PatternError
+from sparsetile.errors import ArgumentError, PatternError
 from sparsetile.layout.cache import layout_cache
 
 KINDS = ("local_window", "dilated_sparse", "global_local", "ultra_sparse")
@@ -178,7 +178,7 @@ def test_saved_and_loaded(tmp_path):
         (lambda: st.BlockSparseRingDilatedAttention(sparsity_ratio=0.0), PatternError, "0"),
         (lambda: st.BlockSparseRingDilatedAttention(dropout=1.0), ArgumentError, "0 ≤ p < 1"),
         (lambda: st.BlockSparseRingDilatedAttention(backend="gpu"), ArgumentError, "gpu"),
-        (lambda: st.BlockSparseRingDilatedAttention(ring=object()), NotBuiltError, "not built yet"),
+        (lambda: st.BlockSparseRingDilatedAttention(ring=object()), ArgumentError, "process group"),
         (
             lambda: st.BlockSparseRingDilatedAttention(sparse_config="local"),
             PatternError,

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 import sparsetile as st
-from sparsetile.errors import ArgumentError, NotBuiltError, PatternError
+from sparsetile.errors import ArgumentError, PatternError
 from sparsetile.nn import factory
 from sparsetile.nn.adaptive import BlockSparseAdaptive
 from sparsetile.nn.presets import PRESETS, Preset
@@ -25,14 +25,13 @@ def test_the_announced_interface():
     assert isinstance(st.create_block_sparse_attention(variant="auto"), st.BlockSparseRingDilatedAttention)
     adaptive = st.create_adaptive_block_sparse(base_sparsity=0.9, temperature=1.0, learnable_temperature=True)
     assert adaptive(x, x, x).shape == x.shape
-    # This one says that it is not there yet.
-    with pytest.raises(NotBuiltError, match="distributed"):
-        st.create_block_sparse_attention(
-            variant="distributed",
-            distributed_config=st.DistributedSparseConfig(
-                enable_memory_optimization=True, gradient_compression_ratio=0.1
-            ),
-        )
+    distributed = st.create_block_sparse_attention(
+        variant="distributed",
+        distributed_config=st.DistributedSparseConfig(
+            enable_memory_optimization=True, gradient_compression_ratio=0.1
+        ),
+    )
+    assert distributed(x, x, x).shape == x.shape
 
 
 def test_auto_chooses_and_says_why(tmp_path):
@@ -42,12 +41,12 @@ def test_auto_chooses_and_says_why(tmp_path):
     assert "auto" not in repr(st.create_block_sparse_attention("base"))
     adaptive = st.create_block_sparse_attention(adaptive_config=st.AdaptiveConfig())
     assert "variant='adaptive' by 'auto': adaptive_config is given" in repr(adaptive)
-    with pytest.raises(NotBuiltError, match="distributed"):
-        st.create_block_sparse_attention(distributed_config=st.DistributedSparseConfig())
+    spread = st.create_block_sparse_attention(distributed_config=st.DistributedSparseConfig())
+    assert "variant='distributed' by 'auto': distributed_config is given" in repr(spread)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        with pytest.raises(NotBuiltError, match="distributed"):
-            st.create_block_sparse_attention()
+        in_a_group = st.create_block_sparse_attention()
+        assert "variant='distributed' by 'auto': a process group is initialised" in repr(in_a_group)
         assert isinstance(st.create_block_sparse_attention("base"), st.BlockSparseRingDilatedAttention)
     finally:
         dist.destroy_process_group()

@@ -27,7 +27,8 @@ from sparsetile.arguments import (
     checked_tile_bias,
 )
 from sparsetile.distributed.exchange import Buffers, Exchange
-from sparsetile.distributed.plan import RankPlan, digest_of, make_plan
+from sparsetile.distributed.plan import digest_of, make_plan
+from sparsetile.distributed.rank_plan import RankPlan
 from sparsetile.distributed.ranks import Ranks
 from sparsetile.distributed.sharding import Sharding
 from sparsetile.errors import (
@@ -67,6 +68,7 @@ def distributed_attention(
     block_size: int = ...,
     enable_gqa: bool = ...,
     max_remote_tokens: int | None = ...,
+    keep: bool = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -88,6 +90,7 @@ def distributed_attention(
     block_size: int = ...,
     enable_gqa: bool = ...,
     max_remote_tokens: int | None = ...,
+    keep: bool = ...,
     backend: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -108,6 +111,7 @@ def distributed_attention(
     block_size: int = 128,
     enable_gqa: bool = False,
     max_remote_tokens: int | None = None,
+    keep: bool = True,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -133,8 +137,9 @@ def distributed_attention(
             every rank. A rank's gradient of it holds the share of its own queries: add them up over ranks, as
             for any parameter that all ranks have.
         block_size: tile edge in tokens.
-        max_remote_tokens: the most remote tokens that a rank holds at a time (a kv head): they come in
-            stages, and again in backward instead of being kept. None: all at once, kept for backward.
+        max_remote_tokens: the most remote tokens (of each kv head) that an exchange brings a rank: more come
+            in stages, one after the other. None: all at once.
+        keep: whether remote tiles are kept for backward; else they are sent again then.
 
     Returns:
         ``[B, H, n, D]`` in query's dtype; with ``return_lse`` a tuple with the log-sum-exp ``[B, H, n]``.
@@ -163,16 +168,17 @@ def distributed_attention(
         )
         return (out, lse) if return_lse else out
     settings = (order, is_causal, scale, enable_gqa, backend)
-    problem, text = None, ""
+    problem: str | None = None
+    call: dict[str, object] = {}
     try:
         query, key, value = _checked(query, key, value, key_padding_mask, tile_bias, settings)
-        text = _described(
-            query, key, pattern, key_padding_mask, tile_bias, (*settings, block_size, max_remote_tokens)
+        call = _described(
+            query, key, pattern, key_padding_mask, tile_bias, (*settings, block_size, max_remote_tokens, keep)
         )
     except SparsetileError as error:
         problem = str(error)
     tokens = 0 if problem is not None else query.shape[2]
-    counts = ranks.agree(text, tokens, problem)
+    counts = ranks.agree(call, tokens, problem)
     # From here on every rank does the same: what fails now fails on all of them.
     length = sum(counts)
     sharding = Sharding.balanced if order == "balanced" else Sharding.contiguous
@@ -195,9 +201,9 @@ def distributed_attention(
         )
     plan = _plan(layout, where, ranks.rank, query, key, max_remote_tokens)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
-    call = _Call(plan, ranks, block_size, scale, key_padding_mask, backend, keep=max_remote_tokens is None)
+    made = _Call(plan, ranks, block_size, scale, key_padding_mask, backend, keep)
     biases = _biases(tile_bias, query, layout, plan)
-    out, lse = _Spread.apply(call, query, key, value, *biases)  # type: ignore[no-untyped-call]
+    out, lse = _Spread.apply(made, query, key, value, *biases)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 
 
@@ -389,8 +395,8 @@ def _described(
     mask: Tensor | None,
     tile_bias: Tensor | None,
     settings: tuple[Any, ...],
-) -> str:
-    """All that must be the same on every rank, for a digest and for people.
+) -> dict[str, object]:
+    """All that must be the same on every rank, by name.
 
     Raises:
         PatternError, ArgumentError: what is asked for is no pattern or layout.
@@ -426,12 +432,21 @@ def _described(
                 fix="Build the layout, and pass it.",
             )
         )
-    names = ("order", "is_causal", "scale", "enable_gqa", "backend", "block_size", "max_remote_tokens")
+    names = (
+        "order",
+        "is_causal",
+        "scale",
+        "enable_gqa",
+        "backend",
+        "block_size",
+        "max_remote_tokens",
+        "keep",
+    )
     batch, heads, _, dim = query.shape
     gradients = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (query, key, tile_bias)
     )
-    facts = {
+    facts: dict[str, object] = {
         "version": _VERSION,
         "pattern": shown,
         "batch": batch,
@@ -445,7 +460,7 @@ def _described(
         "tile_bias": None if tile_bias is None else list(tile_bias.shape),
         "gradients": gradients,
     }
-    return ", ".join(f"{name} {value}" for name, value in facts.items())
+    return facts
 
 
 def _layout(

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsetile.distributed.plan import RankPlan, Stage
+from sparsetile.distributed.rank_plan import RankPlan, Stage
 from sparsetile.distributed.ranks import Ranks
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -66,13 +66,13 @@ class Ranks:
             )
         return cls(group, dist.get_rank(group), dist.get_world_size(group))
 
-    def agree(self, call: str, tokens: int, problem: str | None = None) -> tuple[int, ...]:
+    def agree(self, call: Mapping[str, object], tokens: int, problem: str | None = None) -> tuple[int, ...]:
         """Raises on every rank unless all of them make the same call; returns the tokens of each rank.
 
         One all_gather of five numbers, on the CPU, so that no device is waited for.
 
         Args:
-            call: what must be equal: settings, shapes, dtypes, versions.
+            call: what must be equal, by name: settings, shapes, dtypes, versions.
             tokens: what this rank holds of the sequence.
             problem: what is wrong with this rank's arguments, if anything is.
 
@@ -81,7 +81,8 @@ class Ranks:
         """
         if self.group is None:
             return (tokens,)
-        digest = hashlib.sha256((call if problem is None else f"problem {problem}").encode()).digest()
+        facts = {name: str(value) for name, value in call.items()}
+        digest = hashlib.sha256(repr((facts, problem)).encode()).digest()
         words = [int.from_bytes(digest[8 * i : 8 * i + 8], "little", signed=True) for i in range(_WORDS)]
         mine = torch.tensor([*words, -1 if problem is not None else tokens])
         everyone = torch.empty(self.size * mine.numel(), dtype=torch.int64)
@@ -89,9 +90,9 @@ class Ranks:
         rows = everyone.view(self.size, -1).tolist()
         if all(row[:-1] == rows[0][:-1] for row in rows) and rows[0][-1] >= 0:
             return tuple(row[-1] for row in rows)
-        texts: list[str | None] = [None] * self.size
-        dist.all_gather_object(texts, call if problem is None else f"cannot: {problem}", group=self.side())
-        raise MismatchError(_disagreement(texts))
+        told: list[tuple[dict[str, str], str | None] | None] = [None] * self.size
+        dist.all_gather_object(told, (facts, problem), group=self.side())
+        raise MismatchError(_disagreement([each for each in told if each is not None]))
 
     def side(self) -> dist.ProcessGroup:
         """A group of the same ranks that moves CPU tensors."""
@@ -107,18 +108,35 @@ class Ranks:
         return known
 
 
-def _disagreement(texts: Sequence[str | None]) -> str:
-    of: dict[str | None, list[int]] = {}
-    for rank, text in enumerate(texts):
-        of.setdefault(text, []).append(rank)
-    # What most of them say is what was expected; of equal counts, what the lowest rank says.
-    common = max(of, key=lambda text: len(of[text]))
-    others = "; ".join(
-        f"rank {', '.join(map(str, who))}: {text}" for text, who in of.items() if text != common
-    )
+def _disagreement(told: Sequence[tuple[dict[str, str], str | None]]) -> str:
+    """What is wrong, from all that the ranks say: the same text everywhere."""
+    problems: dict[str, list[int]] = {}
+    for rank, (_, problem) in enumerate(told):
+        if problem is not None:
+            problems.setdefault(problem, []).append(rank)
+    if problems:
+        return explain(
+            "distributed call",
+            expected=f"arguments that all {len(told)} ranks can serve",
+            got="; ".join(f"{_ranks(who)}: {problem}" for problem, who in problems.items()),
+            fix="Nothing was sent.",
+        )
+    differing = []
+    for name in told[0][0]:
+        of: dict[str | None, list[int]] = {}
+        for rank, (facts, _) in enumerate(told):
+            of.setdefault(facts.get(name), []).append(rank)
+        if len(of) > 1:
+            differing.append(
+                name + ": " + ", ".join(f"{value} on {_ranks(who)}" for value, who in of.items())
+            )
     return explain(
         "distributed call",
-        expected=f"the same on all {len(texts)} ranks ({common})",
-        got=others or "the same problem on all of them",
+        expected=f"the same on all {len(told)} ranks",
+        got="; ".join(differing),
         fix="Nothing was sent. Give every rank the same pattern, settings, shapes and dtypes.",
     )
+
+
+def _ranks(who: Sequence[int]) -> str:
+    return f"rank{'s' if len(who) > 1 else ''} {', '.join(map(str, who))}"

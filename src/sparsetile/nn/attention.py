@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -31,12 +31,13 @@ class BlockSparseRingDilatedAttention(Planned):
         scale: factor on query·key; default 1/√D.
         dropout: share of the softmax weights that training drops, in [0, 1).
         backend: as in :func:`sparsetile.sparse_attention`.
-        ring: a process group or DeviceMesh over which the sequence is spread; not built yet.
+        ring: a process group or one-dimensional DeviceMesh over which the sequence is spread: forward then
+            takes this rank's tokens, as :class:`BlockSparseRingDistributedDilatedAttention` does, which has
+            more to say about it. None: the tensors are whole sequences.
 
     Raises:
         PatternError: impossible branches, density or sizes.
-        ArgumentError: an impossible scale, dropout or backend.
-        NotBuiltError: a ``ring``.
+        ArgumentError: an impossible scale, dropout, backend or ring.
 
     Example:
         >>> import torch, sparsetile as st
@@ -60,16 +61,17 @@ class BlockSparseRingDilatedAttention(Planned):
     ) -> None:
         super().__init__()
         if ring is not None:
-            raise NotBuiltError(
-                "ring: one sequence over several processes is not built yet. Leave it None: then the module "
-                "works on the tensors it is given."
-            )
+            # The module stands left of what is distributed: only who asks for that imports it.
+            from sparsetile.distributed.ranks import Ranks
+
+            Ranks.of(ring)
         check_settings(scale, dropout)
         check_name(backend)
         self.plan = SparsePlan.of(segment_lengths, dilation_rates, sparse_config, sparsity_ratio)
         self.scale = scale
         self.dropout = dropout
         self.backend = backend
+        self.ring = ring
 
     def forward(
         self,
@@ -95,12 +97,19 @@ class BlockSparseRingDilatedAttention(Planned):
             weights: ``"dense"``: ``[B, Nq, Nk]`` (or ``[B, H, Nq, Nk]``), up to a size; ``"sparse"``: a
                 ``torch.sparse_bsr`` tensor that holds the kept tiles alone.
 
+        With a ``ring``, q, k, v and the mask are this rank's tokens of one sequence; dropout and weights are
+        refused.
+
         Returns:
             ``[B, Nq, H, D]`` in q's dtype, or a pair with the weights.
 
         Raises:
             ArgumentError, PatternError, BackendError: as :func:`sparsetile.sparse_attention`.
+            MismatchError: ranks of the ring differ.
+            NotBuiltError: weights, or dropout in training, with a ring.
         """
+        if self.spread:
+            return self._over_ranks(q, k, v, is_causal, key_padding_mask, need_weights)
         check_tokens_first(q, k, v, "sparse_attention")
         check_flag("is_causal", is_causal)
         check_form(weights, need_weights)
@@ -136,3 +145,45 @@ class BlockSparseRingDilatedAttention(Planned):
             key_padding_mask=key_padding_mask,
             block_size=self.plan.block_size,
         )
+
+    @property
+    def spread(self) -> bool:
+        """Whether forward takes a rank's tokens of a sequence that several ranks share."""
+        return self.ring is not None
+
+    def _exchange_settings(self) -> dict[str, Any]:
+        """How ranks share the sequence, where that is not what ``distributed_attention`` does by itself."""
+        return {}
+
+    def _over_ranks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        is_causal: bool,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+    ) -> Tensor:
+        from sparsetile.distributed.attention import distributed_attention
+
+        if need_weights or (self.training and self.dropout > 0.0):
+            raise NotBuiltError(
+                "ring: softmax weights and dropout over several ranks are not built yet. Pass "
+                "need_weights=False and dropout=0.0."
+            )
+        # What is no such tensor is refused there, on every rank alike.
+        q, k, v = (x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() == 4 else x for x in (q, k, v))
+        out: Tensor = distributed_attention(
+            q,
+            k,
+            v,
+            self.plan.pattern_for(is_causal),
+            group=self.ring,
+            scale=self.scale,
+            key_padding_mask=key_padding_mask,
+            block_size=self.plan.block_size,
+            enable_gqa=True,
+            backend=self.backend,
+            **self._exchange_settings(),
+        )
+        return out.transpose(1, 2)

@@ -11,7 +11,8 @@ from typing import Any
 import torch.distributed
 
 from sparsetile.distributed.config import DistributedSparseConfig
-from sparsetile.errors import ArgumentError, NotBuiltError, explain
+from sparsetile.distributed.module import BlockSparseRingDistributedDilatedAttention
+from sparsetile.errors import ArgumentError, explain
 from sparsetile.nn.adaptive import AdaptiveConfig, BlockSparseAdaptive
 from sparsetile.nn.attention import BlockSparseRingDilatedAttention
 from sparsetile.nn.multihead import BlockSparseRingMultiheadDilatedAttention
@@ -38,11 +39,11 @@ def create_block_sparse_attention(
 
     Args:
         variant: ``"base"`` (q, k, v ``[B, N, H, D]`` in), ``"multihead"`` (a drop-in for
-            ``nn.MultiheadAttention``), ``"distributed"``, ``"adaptive"`` (q, k, v as base; tiles are chosen
-            for each input, by a scorer that learns), or ``"auto"``: multihead if there
-            is an ``embed_dim``, else distributed if there is a ``distributed_config`` or an initialised
-            process group, else adaptive if there is an ``adaptive_config``, else base. The module's repr
-            says which and why.
+            ``nn.MultiheadAttention``), ``"distributed"`` (q, k, v of this rank's tokens), ``"adaptive"`` (q,
+            k, v as base; tiles are chosen for each input, by a scorer that learns), or ``"auto"``: multihead
+            if there is an ``embed_dim``, else distributed if there is a ``distributed_config`` or an
+            initialised process group, else adaptive if there is an ``adaptive_config``, else base. The
+            module's repr says which and why.
         embed_dim, num_heads: width and heads of the multihead variant; ``num_heads`` also of the adaptive
             one, with ``head_dim`` among the options, if its parameters shall not wait for the first forward.
         segment_lengths, dilation_rates: branches (tokens, tiles) of a dilated pattern.
@@ -54,7 +55,6 @@ def create_block_sparse_attention(
 
     Raises:
         ArgumentError: an unknown variant or option, or an argument that the variant has no use for.
-        NotBuiltError: the distributed variant, for now.
         PatternError: impossible segments, rates, density or sizes.
 
     Example:
@@ -110,11 +110,6 @@ def create_block_sparse_attention(
                     fix=f"It belongs to variant {' or '.join(map(repr, owners))}.",
                 )
             )
-    if variant == "distributed":
-        raise NotBuiltError(
-            "variant 'distributed': the configuration was checked, the exchange between ranks is not built "
-            "yet. Use variant 'base' on each GPU's own sequences."
-        )
     given: dict[str, Any] = {"sparse_config": sparse_config, "sparsity_ratio": sparsity_ratio}
     given |= {"segment_lengths": segment_lengths, "dilation_rates": dilation_rates}
     if adaptive_config is not None and sparse_config is not None:
@@ -144,6 +139,10 @@ def create_block_sparse_attention(
     elif variant == "adaptive":
         _check_options(BlockSparseAdaptive, options)
         made = BlockSparseAdaptive(adaptive_config, num_heads=num_heads, **options)
+    elif variant == "distributed":
+        _check_options(BlockSparseRingDistributedDilatedAttention, options)
+        given |= {} if distributed_config is None else {"distributed_config": distributed_config}
+        made = BlockSparseRingDistributedDilatedAttention(**given, **options)
     else:
         _check_options(BlockSparseRingDilatedAttention, options)
         made = BlockSparseRingDilatedAttention(**given, **options)

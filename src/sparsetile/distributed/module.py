@@ -1,0 +1,102 @@
+"""BlockSparseRingDistributedDilatedAttention: the base module over a sequence that several ranks share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sparsetile.distributed.attention import ORDERS, Order
+from sparsetile.distributed.config import DistributedSparseConfig
+from sparsetile.distributed.ranks import Ranks
+from sparsetile.distributed.sharding import Sharding
+from sparsetile.errors import ArgumentError, explain
+from sparsetile.nn.attention import BlockSparseRingDilatedAttention
+from sparsetile.patterns.config import SparsePatternConfig
+
+
+class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention):
+    """Block-sparse attention over one sequence that is spread over ranks; no parameters, no buffers.
+
+    Each rank passes its own tokens and gets their output: what one process would compute for them. A rank
+    receives exactly the key-value tiles that its queries attend and that it does not hold: see
+    :func:`sparsetile.distributed.distributed_attention`. Outside of a process group it is a world of one.
+
+    Args:
+        segment_lengths, dilation_rates, sparse_config, sparsity_ratio, scale, dropout, backend: as for
+            :class:`BlockSparseRingDilatedAttention`.
+        distributed_config: memory, and how gradients travel (:func:`sparsetile.distributed.register_hook`).
+        group: process group, one-dimensional DeviceMesh, or None: the default group at the time of a call.
+        order: ``"contiguous"`` or ``"balanced"``, see :meth:`sharding_for`.
+
+    Raises:
+        PatternError, ArgumentError: an argument is not as above.
+
+    Example:
+        >>> import torch, sparsetile as st
+        >>> attention = st.create_block_sparse_attention("distributed", sparsity_ratio=0.2)
+        >>> q = k = v = torch.randn(1, 4096, 4, 64)  # this rank's tokens; here there is one rank
+        >>> attention(q, k, v, is_causal=True).shape
+        torch.Size([1, 4096, 4, 64])
+    """
+
+    def __init__(
+        self,
+        segment_lengths: Sequence[int] | None = None,
+        dilation_rates: Sequence[int] | None = None,
+        sparse_config: SparsePatternConfig | None = None,
+        *,
+        sparsity_ratio: float | None = None,
+        distributed_config: DistributedSparseConfig | None = None,
+        group: object = None,
+        order: Order = "contiguous",
+        scale: float | None = None,
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            segment_lengths,
+            dilation_rates,
+            sparse_config,
+            sparsity_ratio=sparsity_ratio,
+            scale=scale,
+            dropout=dropout,
+            backend=backend,
+            ring=group,
+        )
+        config = DistributedSparseConfig() if distributed_config is None else distributed_config
+        if not isinstance(config, DistributedSparseConfig):
+            raise ArgumentError(
+                explain(
+                    "distributed_config",
+                    expected="a DistributedSparseConfig or None",
+                    got=type(config).__name__,
+                    fix="DistributedSparseConfig(enable_memory_optimization=True) is one.",
+                )
+            )
+        if order not in ORDERS:
+            raise ArgumentError(
+                explain(
+                    "order", expected=f"one of {', '.join(ORDERS)}", got=repr(order), fix="See sharding_for."
+                )
+            )
+        self.config, self.order = config, order
+
+    @property
+    def spread(self) -> bool:
+        return Ranks.of(self.ring).size > 1
+
+    def sharding_for(self, length: int) -> Sharding:
+        """Which rank must hold which of ``length`` tokens: what :func:`shard_sequence` cuts by.
+
+        ``"contiguous"``: rank 0 has the first tokens, and so on. ``"balanced"``: two chunks a rank, an early
+        and a late one, so that causal attention gives all ranks as much to do.
+        """
+        size = Ranks.of(self.ring).size
+        cut = Sharding.balanced if self.order == "balanced" else Sharding.contiguous
+        return cut(length, size, self.plan.block_size)
+
+    def _exchange_settings(self) -> dict[str, Any]:
+        return {"order": self.order, "keep": not self.config.enable_memory_optimization}
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}\norder={self.order!r}, {self.config!r}"

@@ -1,0 +1,110 @@
+"""The module over ranks: what the base module computes of the whole sequence."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+import sparsetile as st
+from processes import run_ranks
+from sparsetile.distributed import shard_sequence, unshard_sequence
+from sparsetile.errors import ArgumentError, MismatchError, NotBuiltError
+
+CONFIG = st.SparsePatternConfig("global_local", 0.3, block_size=16, global_tokens=16)
+
+
+def over_ranks(rank: int, world: int, order: str, lean: bool) -> None:
+    torch.manual_seed(1)
+    x = [torch.randn(2, 300, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    padding = torch.rand(2, 300) < 0.2
+    whole = st.BlockSparseRingDilatedAttention(sparse_config=CONFIG)
+    expected = whole(*x, is_causal=True, key_padding_mask=padding)
+    weight = torch.randn_like(expected)
+    wanted = torch.autograd.grad((expected * weight).sum(), x)
+    module = st.create_block_sparse_attention(
+        "distributed",
+        sparse_config=CONFIG,
+        order=order,
+        distributed_config=st.DistributedSparseConfig(enable_memory_optimization=lean),
+    )
+    where = module.sharding_for(300)
+    pieces = [shard_sequence(y, 1, where) for y in x]
+    mask = shard_sequence(padding, 1, where)
+    out = unshard_sequence(module(*pieces, is_causal=True, key_padding_mask=mask), 1, where)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    got = torch.autograd.grad((out * weight).sum(), x)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("order", ["contiguous", "balanced"])
+@pytest.mark.parametrize("lean", [False, True])
+def test_every_rank_gets_its_share_of_the_whole(order: str, lean: bool) -> None:
+    run_ranks(over_ranks, 3, order, lean)
+
+
+def on_a_mesh(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    torch.manual_seed(mesh["dp"].get_local_rank())
+    x = torch.randn(1, 100, 2, 8)
+    expected = st.BlockSparseRingDilatedAttention(sparse_config=CONFIG)(x, x, x)
+    module = st.BlockSparseRingDistributedDilatedAttention(sparse_config=CONFIG, group=mesh["cp"])
+    where = module.sharding_for(100)
+    piece = shard_sequence(x, 1, where, mesh["cp"])
+    out = unshard_sequence(module(piece, piece, piece), 1, where, mesh["cp"])
+    torch.testing.assert_close(out, expected)
+    ring = st.BlockSparseRingDilatedAttention(sparse_config=CONFIG, ring=mesh["cp"])
+    torch.testing.assert_close(unshard_sequence(ring(piece, piece, piece), 1, where, mesh["cp"]), expected)
+    with pytest.raises(ArgumentError, match="one dimension"):
+        st.BlockSparseRingDistributedDilatedAttention(sparse_config=CONFIG, group=mesh)
+
+
+def test_one_dimension_of_a_mesh_shares_a_sequence() -> None:
+    run_ranks(on_a_mesh, 4)
+
+
+def wrong_on_one(rank: int, world: int) -> str:
+    module = st.create_block_sparse_attention("distributed", sparse_config=CONFIG)
+    x = torch.randn(1, 64, 2, 8)
+    q: Any = x if rank else x[0, 0]
+    with pytest.raises(MismatchError, match=r"rank 0: query, key, value: expected") as raised:
+        module(q, x, x)
+    with pytest.raises(NotBuiltError, match="need_weights"):
+        module(x, x, x, need_weights=True)
+    return str(raised.value)
+
+
+def test_bad_input_on_one_rank_is_an_error_on_all() -> None:
+    assert len(set(run_ranks(wrong_on_one, 2))) == 1
+
+
+def test_a_world_of_one_is_the_base_module() -> None:
+    x = torch.randn(1, 200, 2, 8)
+    module = st.BlockSparseRingDistributedDilatedAttention(sparse_config=CONFIG, dropout=0.1).eval()
+    base = st.BlockSparseRingDilatedAttention(sparse_config=CONFIG)
+    for one in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        out, weights = one(x, x, x, need_weights=True)
+        assert torch.equal(out, base(x, x, x)) and weights.shape == (1, 200, 200)
+    assert module.sharding_for(200).tokens_of(0) == 200
+    assert "order='contiguous'" in repr(module)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: st.BlockSparseRingDistributedDilatedAttention(order="ring"), "contiguous, balanced"),
+        (
+            lambda: st.BlockSparseRingDistributedDilatedAttention(distributed_config=0.1),
+            "DistributedSparseConfig",
+        ),
+        (lambda: st.BlockSparseRingDistributedDilatedAttention(group="cp"), "process group"),
+    ],
+)
+def test_bad_arguments(make: Any, says: str) -> None:
+    with pytest.raises(ArgumentError, match=says):
+        make()
