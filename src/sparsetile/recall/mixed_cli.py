@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("--fixed", metavar="K,…", default=_FIXED, help=f"numbers of tiles to compare with (default {_FIXED})")
-    add("--p", type=float, default=0.94, metavar="P", help="share of the mass top_p keeps (default 0.94)")
+    add("--p", type=float, default=0.95, metavar="P", help="share of the mass top_p keeps (default 0.95)")
     add("--seeds", type=positive, default=3, metavar="N", help="how many (default 3)")
     add("--first-seed", type=int, default=0, metavar="S", help="seeds are S … S + N − 1 (default 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
@@ -113,7 +113,7 @@ def resolve(args: argparse.Namespace) -> tuple[MixedSettings, list[Arm], list[in
         lr=0.001,
         scorer_lr=0.01,
         distillation_weight=1.0,
-        explored=0.5,
+        explored=0.8,
         start_batch=16,
         start_steps=args.start_steps,
         start_lr=0.01,
