@@ -48,6 +48,13 @@ _COMMANDS = {
         "  sparsetile bench --table baselines --device cuda --out benchmarks/results\n"
         "  sparsetile bench --replot benchmarks/results/bench.json\n",
     ),
+    "plan": (
+        "what a pattern costs on many ranks: bytes, balance, stages; nothing is sent",
+        "examples:\n"
+        "  sparsetile plan 'Local(4096) | Global(64)' --length 1M --ranks 64 --causal\n"
+        "  sparsetile plan 'Local(4096) | Global(64)' --length 16M --ranks 2,8,64,1024 --ranks-per-node 8\n"
+        "  sparsetile plan 'Local(2048) | Strided(65536)' --length 1M --ranks 16 --max-remote-tokens 64K\n",
+    ),
     "train": (
         "train a byte-level language model with a pattern, or compare it with dense attention",
         "examples:\n"
@@ -142,6 +149,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "doctor": _doctor_arguments,
         "show": _show_arguments,
         "bench": _delegate("sparsetile.bench.cli"),
+        "plan": _delegate("sparsetile.distributed.cli"),
         "train": _delegate("sparsetile.train.cli"),
         "recall": _delegate("sparsetile.recall.cli"),
         "mixed": _delegate("sparsetile.recall.mixed_cli"),

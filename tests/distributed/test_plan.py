@@ -203,6 +203,47 @@ def test_attention_in_parts(by_head):
         assert error < 1e-6, f"seed={seed} rank={rank} error={error}"
 
 
+@runs(40)
+@given(draw_plan(), st.integers(1, 5))
+def test_report(plan, head_dim):
+    """Bytes, counted again one unit at a time."""
+    sharding, count, block = plan.sharding, plan.sharding.ranks, plan.sharding.block
+    report = plan.report(head_dim, itemsize=2, batch=3)
+    token = 2 * 3 * 2 * head_dim * plan.kv_heads // plan.groups
+    node = [r // (plan.ranks_per_node or count) for r in range(count)]
+    owner, crossed, sent = sharding.tile_owner().tolist(), 0, [0] * count
+    for rank in range(count):
+        mine, needed = plan.for_rank(rank), _needed(plan, rank)
+        assert report.received[rank] == len(needed) * block * token
+        tail = {tile for tile, _ in needed}
+        lengths = {tile: min(block, sharding.length - tile * block) for tile in tail}
+        assert report.attended[rank] == sum(lengths[tile] for tile, _ in needed) * token
+        elsewhere = sum(node[owner[tile]] != node[rank] for tile, _ in needed)
+        assert report.crossing_directly[rank] == elsewhere * block * token
+        first = [_ranks(stage.recv_splits).tolist() for stage in mine.stages]
+        crossed += sum(node[source] != node[rank] for sources in first for source in sources)
+        widths = [stage.tiles.numel() for stage in mine.stages]
+        assert report.buffer[rank] == max(widths, default=0) * block * token
+        assert report.circulated[rank] == (sharding.length - mine.tokens) * token * plan.groups
+        for source, units in enumerate(plan.recv_counts(rank).sum(0).tolist()):
+            sent[source] += units * block * token
+        heads = plan.kv_heads * plan.group_size // plan.layout.heads
+        assert report.tiles[rank] == mine.edges.numel() * heads
+    assert report.sent.tolist() == sent
+    assert report.crossing.sum() == crossed * block * token
+    assert report.stages == plan.stages
+    assert report.balance == max(report.tiles) * count / report.tiles.sum() or not report.tiles.any()
+    most = max((a / b for a, b in zip(report.received, report.attended, strict=True) if b), default=1.0)
+    assert report.excess == float(most)
+
+
+def test_report_refuses():
+    plan = Plan.from_pattern(Local(50), Sharding.contiguous(500, 4, 16))
+    for arguments, name in (((0,), "head_dim"), ((4, 0), "itemsize"), ((4, 2, 1.5), "batch")):
+        with pytest.raises(ArgumentError, match=name):
+            plan.report(*arguments)
+
+
 def test_hash_tells_plans_apart():
     def made(pattern=None, length=500, ranks=4, **options):
         return Plan.from_pattern(pattern or Local(50), Sharding.contiguous(length, ranks, 16), **options).hash

@@ -5,8 +5,10 @@ import random
 import pytest
 import torch
 
-from sparsetile.distributed.sharding import Sharding
+from sparsetile.distributed.sharding import Sharding, balance, choose_sharding, loads
 from sparsetile.errors import ArgumentError
+from sparsetile.layout.blocks import BlockLayout
+from sparsetile.patterns import Causal, Full, Global, Local, Random
 
 
 def _chunks(tiles: int, count: int) -> list[list[int]]:
@@ -80,3 +82,34 @@ def test_refused(values, name):
 def test_unknown_rank(rank):
     with pytest.raises(ArgumentError, match="rank"):
         Sharding.contiguous(64, 2, 16).tiles_of(rank)
+
+
+def test_loads():
+    layout = BlockLayout.from_pattern(Random(0.2, by_head=True) & Causal(), 700, block_size=16, heads=3)
+    sharding = Sharding.balanced(700, 4, 16)
+    row, _ = layout.rows_and_columns()
+    owner = sharding.tile_owner()[row % layout.q_blocks]
+    assert loads(layout, sharding).tolist() == [int((owner == r).sum()) for r in range(4)]
+    assert balance(torch.tensor([3, 1, 0, 0])) == 3.0
+    assert balance(torch.zeros(4, dtype=torch.int64)) == 1.0
+
+
+@pytest.mark.parametrize(
+    "pattern, dealt",
+    [
+        (Full(), False),
+        (Causal(), True),
+        (Local(100) & Causal(), False),
+        (Local(1000) & Causal(), False),
+        # One row of tiles that sees everything is one rank's in any case.
+        (Local(100) | Global(16), False),
+    ],
+)
+def test_choice(pattern, dealt):
+    layout = BlockLayout.from_pattern(pattern, 16 * 1024, block_size=16)
+    chosen = choose_sharding(layout, 8)
+    assert chosen == (Sharding.balanced if dealt else Sharding.contiguous)(16 * 1024, 8, 16)
+    if dealt:
+        assert balance(loads(layout, chosen)) < 1.01
+    assert choose_sharding(layout, 8, threshold=8) == Sharding.contiguous(16 * 1024, 8, 16)
+    assert choose_sharding(layout, 1).order is None

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparsetile.errors import ArgumentError, explain
 from sparsetile.layout.check import BLOCK_SIZES
+
+if TYPE_CHECKING:
+    from sparsetile.layout.blocks import BlockLayout
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,42 @@ class Sharding:
         place = torch.empty_like(owner)
         place[by_rank] = torch.arange(tiles) - starts[owner[by_rank]]
         return owner, place, by_rank, starts
+
+
+def loads(layout: BlockLayout, sharding: Sharding) -> Tensor:
+    """int64 ``[ranks]``: the tiles of each rank's rows, over the heads of the layout."""
+    rows = layout.row_counts().cpu().long().reshape(-1, sharding.tiles).sum(0)
+    return torch.zeros(sharding.ranks, dtype=rows.dtype, device="cpu").index_add_(
+        0, sharding.tile_owner(), rows
+    )
+
+
+def balance(tiles: Tensor) -> float:
+    """The largest of ``[ranks]`` counts ÷ their mean; 1 if all are 0."""
+    total = int(tiles.sum())
+    return int(tiles.max()) * tiles.numel() / total if total else 1.0
+
+
+def choose_sharding(layout: BlockLayout, ranks: int, threshold: float = 1.25) -> Sharding:
+    """Contiguous, unless the busiest rank then has more than ``threshold`` times the mean of the tiles; then
+    balanced, if that takes at least a tenth off the busiest rank's (a window reaches into more ranks).
+
+    Causal attention over everything is such a case (the last of many ranks has nearly twice the mean), a
+    causal window is not, and a global row is one rank's either way. Reads the row counts of a layout on a
+    device.
+
+    Args:
+        layout: square tiles, of the whole sequence against itself.
+
+    Raises:
+        ArgumentError: ``ranks`` is not an integer ≥ 1.
+    """
+    contiguous = Sharding.contiguous(layout.q_len, ranks, layout.block_q)
+    skew = balance(loads(layout, contiguous))
+    if skew <= threshold:
+        return contiguous
+    dealt = Sharding.balanced(layout.q_len, ranks, layout.block_q)
+    return dealt if balance(loads(layout, dealt)) <= 0.9 * skew else contiguous
 
 
 def _bad(name: str, expected: str, got: object, fix: str) -> ArgumentError:
