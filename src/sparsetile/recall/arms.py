@@ -196,8 +196,7 @@ def attends_of(arm: str, shape: Shape, layers: int, adaptive: AdaptiveConfig) ->
     """One :class:`Attend` for each layer.
 
     Raises:
-        ArgumentError: an unknown arm.
-        PatternError: a fixed arm does not keep as many tiles as the others.
+        ArgumentError: an unknown arm, or a fixed one that does not keep as many tiles as the others.
     """
     check_arm(arm)
     makers: dict[str, Callable[[], Attend]] = {

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsetile.adaptive.config import AdaptiveConfig
+from sparsetile.errors import SparsetileError
 from sparsetile.recall.arms import Attend, Oracle, Shape, attends_of, check_tiles, mass_in, true_mass
 from sparsetile.recall.model import Model, ModelConfig
 from sparsetile.recall.task import Batch, Task
@@ -119,7 +120,7 @@ def run(arm: str, seed: int, settings: Settings, start: Start, emit: Emit) -> di
 
     Raises:
         ArgumentError: the arm is unknown, or kept another number of tiles than its budget.
-        FloatingPointError: the loss is no longer finite.
+        Diverged: the loss is no longer finite.
     """
     task, device = settings.task, torch.device(settings.device)
     torch.manual_seed(seed)
@@ -153,7 +154,7 @@ def run(arm: str, seed: int, settings: Settings, start: Start, emit: Emit) -> di
             emit({"event": "step", "step": step})
         if step in due or step == settings.steps:
             if not bool(loss.isfinite()):
-                raise FloatingPointError(f"the loss of {arm} is no longer finite at step {step}. Lower --lr.")
+                raise Diverged(f"the loss of {arm} is no longer finite at step {step}. Lower --lr.")
             seconds += time.perf_counter() - since
             check(step)
             since = time.perf_counter()
@@ -214,6 +215,10 @@ def measured(
         "tiles": tiles,
         "density": tiles / triangle,
     }
+
+
+class Diverged(SparsetileError, FloatingPointError):
+    """The loss of an arm is no longer finite."""
 
 
 class _Look(NamedTuple):
