@@ -34,6 +34,7 @@ SETTINGS = MixedSettings(
     steps=3,
     lr=0.01,
     scorer_lr=0.01,
+    distillation="kept",
     distillation_weight=1.0,
     explored=0.5,
     start_batch=4,

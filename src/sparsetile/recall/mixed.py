@@ -22,7 +22,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -234,7 +234,8 @@ class MixedSettings:
         task, model: sizes; ``model.layers`` is 1.
         p: of the arm ``"top_p"``; it may keep up to ``2 · (votes + 1)`` tiles a row.
         batch, steps, lr: sequences of a step, an even number; steps; highest learning rate of the model.
-        scorer_lr, distillation_weight: of the scorer and θ; how much ``distillation_loss()`` counts.
+        scorer_lr: of the scorer and θ.
+        distillation, distillation_weight: as in :class:`AdaptiveConfig`, and how much its loss counts.
         explored: share of the steps, from the first on, in which training tries tiles below the cut.
         start_batch, start_steps, start_lr: of the dense steps before, over a memory of ``2 · votes`` tiles.
         held_out: fresh sequences to measure on, an even number.
@@ -251,6 +252,7 @@ class MixedSettings:
     steps: int
     lr: float
     scorer_lr: float
+    distillation: Literal["none", "kept", "sampled"]
     distillation_weight: float
     explored: float
     start_batch: int
@@ -281,7 +283,7 @@ class MixedSettings:
             hidden_dim=self.model.head_dim,
             block_size=task.block,
             temperature=_TEMPERATURE,
-            distillation="kept",
+            distillation=self.distillation,
         )
         if arm == TOP_P:
             return replace(common, selection="top_p", p=self.p, k_max=2 * (task.votes + 1))
@@ -384,7 +386,7 @@ def _update(
     """One step; the loss stays on the device, so that nothing waits for it."""
     loss = F.cross_entropy(model(batch.tokens, attend).flatten(0, 1), batch.answers.flatten())
     total = loss
-    if attend.module is not None:
+    if attend.module is not None and settings.distillation != "none":
         total = loss + settings.distillation_weight * attend.module.distillation_loss()
     optimiser.zero_grad(set_to_none=True)
     total.backward()  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from sparsetile.adaptive.config import DISTILLATIONS
 from sparsetile.cli import positive
 from sparsetile.environment import provenance
 from sparsetile.errors import ArgumentError, explain
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=positive, default=8, metavar="B", help="sequences a step (default 8)"
     )
     training.add_argument("--start-steps", type=positive, default=80, metavar="N", help="dense (default 80)")
+    training.add_argument("--distillation", choices=DISTILLATIONS, default="kept", help="default kept")
     training.add_argument("--held-out", type=positive, default=256, metavar="N", help="default 256")
 
 
@@ -112,6 +114,7 @@ def resolve(args: argparse.Namespace) -> tuple[MixedSettings, list[Arm], list[in
         steps=args.steps,
         lr=0.001,
         scorer_lr=0.01,
+        distillation=args.distillation,
         distillation_weight=1.0,
         explored=0.8,
         start_batch=16,
