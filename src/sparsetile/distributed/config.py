@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from sparsetile.errors import ArgumentError, explain
+
+# The hooks, and the fields that each of them reads.
+_FIELDS_OF: dict[str, tuple[str, ...]] = {
+    "topk": ("gradient_compression_ratio", "gradient_warmup_steps", "bucket_cap_mb", "bucket_max_tensors"),
+    "powersgd": ("gradient_warmup_steps", "powersgd_rank"),
+    "bf16": (),
+}
 
 
 @dataclass(frozen=True)
@@ -13,9 +20,18 @@ class DistributedSparseConfig:
     """Settings of the distributed variant.
 
     Attributes:
-        enable_memory_optimization: reuse the buffers that key-value tiles arrive in.
-        gradient_compression_ratio: bytes of gradients on the wire ÷ bytes of a bf16 all-reduce, in (0, 1];
-            1 sends them whole.
+        enable_memory_optimization: remote key-value tiles are not kept for backward, but sent again then: a
+            layer's memory for them is free between its forward and its backward.
+        gradient_compression_ratio: bytes of gradients on the wire ÷ bytes of a bf16 ring all-reduce, in (0,
+            1], indices included; 1 sends them whole. Below 1 only with the hook "topk".
+        gradient_hook: how data-parallel ranks average gradients: "topk" (with error feedback), PyTorch's own
+            "bf16" or "powersgd", or None: "topk" if the ratio is below 1, else DistributedDataParallel as it
+            is.
+        gradient_warmup_steps: steps that send gradients whole before "topk" or "powersgd" begins; at least 2
+            for "powersgd".
+        bucket_cap_mb: MiB of gradients that "topk" sends together, unless
+        bucket_max_tensors: parameters, are reached first.
+        powersgd_rank: rank of the matrices that "powersgd" sends.
 
     Raises:
         ArgumentError: a value is not as above.
@@ -23,6 +39,11 @@ class DistributedSparseConfig:
 
     enable_memory_optimization: bool = False
     gradient_compression_ratio: float = 1.0
+    gradient_hook: str | None = None
+    gradient_warmup_steps: int = 0
+    bucket_cap_mb: float = 25
+    bucket_max_tensors: int = 32
+    powersgd_rank: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.enable_memory_optimization, bool):
@@ -45,3 +66,58 @@ class DistributedSparseConfig:
                     fix="0.1 sends a tenth, 1 sends gradients whole.",
                 )
             )
+        self._check_gradients()
+
+    @property
+    def hook(self) -> str | None:
+        """The communication hook in effect."""
+        if self.gradient_hook is None and self.gradient_compression_ratio < 1:
+            return "topk"
+        return self.gradient_hook
+
+    def _check_gradients(self) -> None:
+        if self.gradient_hook not in (None, *_FIELDS_OF):
+            raise ArgumentError(
+                explain(
+                    "gradient_hook",
+                    expected=f"None or one of {', '.join(map(repr, _FIELDS_OF))}",
+                    got=repr(self.gradient_hook),
+                    fix='"topk" honours gradient_compression_ratio.',
+                )
+            )
+        least = {
+            "gradient_warmup_steps": 2 if self.hook == "powersgd" else 0,
+            "bucket_max_tensors": 1,
+            "powersgd_rank": 1,
+        }
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise ArgumentError(
+                    explain(
+                        name,
+                        expected=f"an int of at least {lowest}",
+                        got=repr(value),
+                        fix="Pass such a number.",
+                    )
+                )
+        cap = self.bucket_cap_mb
+        if isinstance(cap, bool) or not isinstance(cap, int | float) or not 0 < cap < math.inf:
+            raise ArgumentError(
+                explain(
+                    "bucket_cap_mb", expected="MiB above 0", got=repr(cap), fix="25 is what PyTorch takes."
+                )
+            )
+        acting = _FIELDS_OF.get(self.hook or "", ())
+        for field in fields(self):
+            value = getattr(self, field.name)
+            idle = field.name in _FIELDS_OF["topk"] + _FIELDS_OF["powersgd"] and field.name not in acting
+            if idle and value != field.default:
+                raise ArgumentError(
+                    explain(
+                        field.name,
+                        expected=f"{field.default} with gradient_hook={self.hook!r}, where it could not act",
+                        got=repr(value),
+                        fix="Choose the hook that it belongs to, or leave it alone.",
+                    )
+                )
