@@ -7,7 +7,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,15 @@ def _one(
         queue.put(pickle.dumps((rank, None, traceback.format_exc())))
 
 
-def run_ranks(function: Callable[..., Any], world: int, *args: Any, seconds: float = 120.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any],
+    world: int,
+    *args: Any,
+    seconds: float = 120.0,
+    killed: Collection[int] = (),
+) -> list[Any]:
     """What ``function(rank, world, *args)`` returns on each rank, in the order of ranks; values must pickle.
+    Ranks that are ``killed`` return nothing: None.
 
     The processes are forks, so functions need no module of their own and torch is imported already.
     """
@@ -53,13 +60,13 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, seconds: flo
         found: dict[int, Any] = {}
         end = time.monotonic() + seconds
         try:
-            while len(found) < world:
+            while len(found) < world - len(killed):
                 rank, value, problem = pickle.loads(queue.get(timeout=max(0.1, end - time.monotonic())))
                 assert problem is None, f"rank {rank} of {world}:\n{problem}"
                 found[rank] = value
         finally:
             for process in each:
-                process.join(timeout=5 if len(found) == world else 0.1)
+                process.join(timeout=5 if len(found) == world - len(killed) else 0.1)
                 if process.is_alive():
                     process.kill()
-    return [found[rank] for rank in range(world)]
+    return [found.get(rank) for rank in range(world)]

@@ -43,6 +43,10 @@ class MismatchError(SparsetileError, RuntimeError):
     """Ranks of a process group disagree about a collective call; raised on each, before any payload."""
 
 
+class RankLostError(SparsetileError, RuntimeError):
+    """A collective failed: a rank died, a link broke, or someone did not come within the group's timeout."""
+
+
 def explain(what: str, *, expected: object, got: object, fix: str) -> str:
     """One message in the house form: ``what: expected …, got …. fix``."""
     return f"{what}: expected {expected}, got {got}. {fix}"

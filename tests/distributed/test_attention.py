@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 import sparsetile as st
 from processes import run_ranks
 from sparsetile.distributed import Sharding, distributed_attention, unshard_sequence
-from sparsetile.errors import ArgumentError, MismatchError
+from sparsetile.errors import ArgumentError, MismatchError, RankLostError
 
 BLOCK = 16
 
@@ -261,3 +263,29 @@ def test_ranks_that_differ_all_raise_the_same(what: str) -> None:
     assert texts[0].startswith("ArgumentError: tokens" if what == "tokens" else "MismatchError"), texts[0]
     if what != "tokens":
         assert "rank 1" in texts[0] and "Nothing was sent" in texts[0]
+
+
+def lost(rank: int, world: int, phase: str) -> str:
+    """Rank 1 is killed; what the others raise."""
+    case = Case(1, st.Full(), 6 * BLOCK, 2, 2, dtype=torch.float32)
+    where = Sharding.contiguous(case.length, world, BLOCK)
+    made = case.tensors()
+    q, k, v = (made[name].index_select(2, where.positions_of(rank)).requires_grad_() for name in "qkv")
+    if rank == 1:
+        if phase == "exchange":
+            torch.distributed.all_to_all_single = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        elif phase == "agreement":
+            os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(RankLostError, match="start again") as raised:
+        out = distributed_attention(q, k, v, case.pattern, block_size=BLOCK)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        out.sum().backward()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("phase", ["agreement", "exchange", "backward"])
+def test_survivors_of_a_killed_rank_raise(phase: str) -> None:
+    texts = run_ranks(lost, 3, phase, seconds=60, killed={1})
+    assert all("rank" in text for text in texts if text is not None)
+    assert [text is None for text in texts] == [False, True, False]

@@ -146,6 +146,7 @@ def distributed_attention(
 
     Raises:
         MismatchError: ranks differ in what they ask for, or one of them cannot: the same on every rank.
+        RankLostError: a rank did not take part; forward or backward.
         ArgumentError, PatternError, LayoutError, BackendError: as ``sparse_attention``, in a world of one.
         NotBuiltError: key padding with a pattern that differs by head.
     """

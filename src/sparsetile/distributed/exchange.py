@@ -85,8 +85,9 @@ class Exchange:
     def finish(self, arriving: _Arriving | None, stage: Stage) -> Buffers:
         """Waits for a stage's payloads and lays them out as its buffer."""
         assert arriving is not None
-        for work in arriving.works:
-            work.wait()
+        with self.ranks.watched("the exchange of tiles"):
+            for work in arriving.works:
+                work.wait()
         if self._together(stage):
             # [width, Hkv, 2, B, block, D]
             lines = arriving.tiles.permute(2, 3, 1, 0, 4, 5)
@@ -118,8 +119,9 @@ class Exchange:
     def add_back(self, arriving: _Arriving, stage: Stage, into: Tensor) -> None:
         """Adds what came back of a stage to ``into``, like :meth:`zeros`: in fp32, a rank after the other, so
         that the sum is the same bits every time."""
-        for work in arriving.works:
-            work.wait()
+        with self.ranks.watched("the exchange of tiles"):
+            for work in arriving.works:
+                work.wait()
         start = 0
         for count in stage.send_splits:
             part = slice(start, start + count)
@@ -162,8 +164,9 @@ class Exchange:
     def _all_to_all(
         self, received: Tensor, out: Tensor, recv_splits: list[int], send_splits: list[int]
     ) -> dist.Work:
-        work: dist.Work | None = dist.all_to_all_single(
-            received, out.contiguous(), recv_splits, send_splits, group=self.ranks.group, async_op=True
-        )
+        with self.ranks.watched("the exchange of tiles"):
+            work: dist.Work | None = dist.all_to_all_single(
+                received, out.contiguous(), recv_splits, send_splits, group=self.ranks.group, async_op=True
+            )
         assert work is not None
         return work

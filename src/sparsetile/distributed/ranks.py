@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from sparsetile.errors import ArgumentError, MismatchError, explain
+from sparsetile.errors import ArgumentError, MismatchError, RankLostError, explain
 
 _WORDS = 4
 """int64 words of a digest."""
@@ -78,6 +79,7 @@ class Ranks:
 
         Raises:
             MismatchError: ranks differ, or one of them has a problem; the same text on each of them.
+            RankLostError: a rank did not take part.
         """
         if self.group is None:
             return (tokens,)
@@ -86,13 +88,31 @@ class Ranks:
         words = [int.from_bytes(digest[8 * i : 8 * i + 8], "little", signed=True) for i in range(_WORDS)]
         mine = torch.tensor([*words, -1 if problem is not None else tokens])
         everyone = torch.empty(self.size * mine.numel(), dtype=torch.int64)
-        dist.all_gather_into_tensor(everyone, mine, group=self.side())
+        with self.watched("the agreement before the exchange"):
+            dist.all_gather_into_tensor(everyone, mine, group=self.side())
         rows = everyone.view(self.size, -1).tolist()
         if all(row[:-1] == rows[0][:-1] for row in rows) and rows[0][-1] >= 0:
             return tuple(row[-1] for row in rows)
         told: list[tuple[dict[str, str], str | None] | None] = [None] * self.size
-        dist.all_gather_object(told, (facts, problem), group=self.side())
+        with self.watched("the agreement before the exchange"):
+            dist.all_gather_object(told, (facts, problem), group=self.side())
         raise MismatchError(_disagreement([each for each in told if each is not None]))
+
+    @contextmanager
+    def watched(self, what: str) -> Iterator[None]:
+        """Turns what the backend raises in a collective into a RankLostError."""
+        try:
+            yield
+        except RuntimeError as problem:
+            raise RankLostError(
+                explain(
+                    f"{what} (rank {self.rank} of {self.size})",
+                    expected="all ranks to take part in time",
+                    got=str(problem).splitlines()[0],
+                    fix="Use nothing of this call. Look at the ranks that stopped first, then start again from "
+                    "the last checkpoint.",
+                )
+            ) from problem
 
     def side(self) -> dist.ProcessGroup:
         """A group of the same ranks that moves CPU tensors."""
