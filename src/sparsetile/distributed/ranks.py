@@ -109,8 +109,8 @@ class Ranks:
                     f"{what} (rank {self.rank} of {self.size})",
                     expected="all ranks to take part in time",
                     got=str(problem).splitlines()[0],
-                    fix="Use nothing of this call. Look at the ranks that stopped first, then start again from "
-                    "the last checkpoint.",
+                    fix="Use nothing of this call. See which rank stopped first, and start again from the last "
+                    "checkpoint.",
                 )
             ) from problem
 
