@@ -16,6 +16,9 @@ from torch import Tensor
 
 from sparsetile.errors import ArgumentError, explain
 from sparsetile.layout.check import BLOCK_SIZES
+from sparsetile.patterns.base import Pattern
+from sparsetile.patterns.fixed import Causal
+from sparsetile.patterns.hierarchical import Dealt, Hierarchical, deal, is_order
 
 if TYPE_CHECKING:
     from sparsetile.layout.blocks import BlockLayout
@@ -55,8 +58,7 @@ class Sharding:
         if self.order is None:
             return
         order = tuple(self.order)
-        fits = len(order) > 0 and len(order) % self.ranks == 0
-        if not fits or any(type(c) is not int for c in order) or sorted(order) != list(range(len(order))):
+        if not is_order(order, self.ranks):
             shown = str(order) if len(order) <= 16 else f"{len(order)} chunks"
             raise _bad(
                 "order",
@@ -86,21 +88,21 @@ class Sharding:
 
     def tile_owner(self) -> Tensor:
         """int64 ``[tiles]``: the rank that holds each tile."""
-        return self._tables[0]
+        return self._dealt.owner
 
     def local_index(self) -> Tensor:
         """int64 ``[tiles]``: the place of each tile among those of its owner."""
-        return self._tables[1]
+        return self._dealt.place
 
     def tile_counts(self) -> Tensor:
         """int64 ``[ranks]``: how many tiles each rank holds."""
-        return self._tables[3].diff()
+        return self._dealt.starts.diff()
 
     def tiles_of(self, rank: int) -> Tensor:
         """int64, ascending: the tiles of a rank in the order in which it keeps them."""
         self._check(rank)
-        _, _, by_rank, starts = self._tables
-        return by_rank[int(starts[rank]) : int(starts[rank + 1])]
+        starts = self._dealt.starts
+        return self._dealt.tiles[int(starts[rank]) : int(starts[rank + 1])]
 
     def tokens_of(self, rank: int) -> int:
         """Tokens of a rank; 0 if it owns nothing."""
@@ -116,31 +118,32 @@ class Sharding:
         each = self.tiles_of(rank)[:, None] * self.block + torch.arange(self.block, device="cpu")
         return each.flatten()[: self.tokens_of(rank)]
 
+    def hierarchical(
+        self,
+        local_sparsity: float = 0.4,
+        global_sparsity: float = 0.1,
+        inter_node_sparsity: float = 0.05,
+        ranks_per_node: int | None = None,
+        is_causal: bool = False,
+    ) -> Pattern:
+        """The pattern of these densities (inside a rank, inside a node, across) for this sharding; see
+        ``Hierarchical``.
+
+        Raises:
+            PatternError: a density is not in [0, 1], or nodes do not hold as many ranks each.
+        """
+        densities = (local_sparsity, global_sparsity, inter_node_sparsity)
+        pattern = Hierarchical(self.ranks, ranks_per_node, *densities, causal=is_causal, order=self.order)
+        return pattern & Causal() if is_causal else pattern
+
     def _check(self, rank: int) -> None:
         if type(rank) is not int or not 0 <= rank < self.ranks:
             raise _bad("rank", f"0 … {self.ranks - 1}", rank, "Ranks count within the group.")
 
     @cached_property
-    def _tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Owner and local place of each tile; the tiles by rank, and where each rank's start."""
+    def _dealt(self) -> Dealt:
         with torch.device("cpu"):
-            return self._make_tables()
-
-    def _make_tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tiles = self.tiles
-        order = torch.arange(self.ranks) if self.order is None else torch.tensor(self.order)
-        chunks = order.numel()
-        owner_of = torch.empty_like(order)
-        owner_of[order] = torch.arange(chunks) // (chunks // self.ranks)
-        sizes = torch.full((chunks,), tiles // chunks)
-        sizes[: tiles % chunks] += 1
-        owner = owner_of.repeat_interleave(sizes, output_size=tiles)
-        by_rank = owner.argsort(stable=True)
-        starts = torch.zeros(self.ranks + 1, dtype=torch.int64)
-        torch.cumsum(torch.bincount(owner, minlength=self.ranks), 0, out=starts[1:])
-        place = torch.empty_like(owner)
-        place[by_rank] = torch.arange(tiles) - starts[owner[by_rank]]
-        return owner, place, by_rank, starts
+            return deal(self.tiles, self.ranks, self.order)
 
 
 def loads(layout: BlockLayout, sharding: Sharding) -> Tensor:

@@ -11,6 +11,7 @@ from sparsetile.patterns.fixed import (
     Local,
     Random,
 )
+from sparsetile.patterns.hierarchical import Hierarchical
 from sparsetile.patterns.lattice import Dilated, LogStrided, Strided
 from sparsetile.patterns.parse import parse_pattern
 
@@ -21,6 +22,7 @@ __all__ = [
     "Documents",
     "Full",
     "Global",
+    "Hierarchical",
     "Local",
     "LogStrided",
     "Pattern",

@@ -12,11 +12,24 @@ from sparsetile.patterns.branches import NotInBranches
 from sparsetile.patterns.budget import Budget
 from sparsetile.patterns.ended import Ended
 from sparsetile.patterns.fixed import Causal, Documents, Full, Global, Local, Random
+from sparsetile.patterns.hierarchical import Hierarchical
 from sparsetile.patterns.lattice import Dilated, LogStrided, Strided
 
 _KNOWN: dict[str, Callable[..., Pattern]] = {
     kind.__name__: kind
-    for kind in (Budget, Causal, Dilated, Documents, Full, Global, Local, LogStrided, Random, Strided)
+    for kind in (
+        Budget,
+        Causal,
+        Dilated,
+        Documents,
+        Full,
+        Global,
+        Hierarchical,
+        Local,
+        LogStrided,
+        Random,
+        Strided,
+    )
 }
 # Made inside the package alone; compiled graphs carry them as text too.
 _INNER: dict[str, Callable[..., Pattern]] = {kind.__name__: kind for kind in (Ended, NotInBranches)}
