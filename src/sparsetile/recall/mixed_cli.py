@@ -16,7 +16,8 @@ from sparsetile.cli import positive
 from sparsetile.environment import provenance
 from sparsetile.errors import ArgumentError, explain
 from sparsetile.recall import mixed_report as report
-from sparsetile.recall.mixed import DENSE, TOP_P, Arm, MixedSettings, MixedTask, run, start_of
+from sparsetile.recall.mixed import DENSE, TOP_P, Arm, MixedSettings, run, start_of
+from sparsetile.recall.mixed_task import MixedTask
 from sparsetile.recall.model import ModelConfig
 from sparsetile.recall.report import write_json
 
@@ -53,6 +54,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument("--start-steps", type=positive, default=80, metavar="N", help="dense (default 80)")
     training.add_argument("--distillation", choices=DISTILLATIONS, default="kept", help="default kept")
+    training.add_argument(
+        "--sparsity-weight",
+        type=float,
+        default=0.0,
+        metavar="W",
+        help="of sparsity_loss(), top_p (default 0)",
+    )
+    training.add_argument(
+        "--mean-tiles",
+        type=positive,
+        default=6,
+        metavar="N",
+        help="tiles a row that it steers to (default 6)",
+    )
     training.add_argument("--held-out", type=positive, default=256, metavar="N", help="default 256")
 
 
@@ -63,7 +78,7 @@ def main(args: argparse.Namespace) -> int:
         SparsetileError: what is wrong with the arguments, in one line.
     """
     # In a pipe the table shall not be cut to 80 columns.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     settings, arms, seeds = resolve(args)
     args.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
@@ -116,6 +131,8 @@ def resolve(args: argparse.Namespace) -> tuple[MixedSettings, list[Arm], list[in
         scorer_lr=0.01,
         distillation=args.distillation,
         distillation_weight=1.0,
+        sparsity_weight=args.sparsity_weight,
+        mean_tiles=args.mean_tiles,
         explored=0.8,
         start_batch=16,
         start_steps=args.start_steps,
