@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing._internal.common_distributed import spawn_threads_and_init_comms
 
 import sparsetile as st
 from processes import run_ranks
@@ -155,6 +156,29 @@ def test_every_world_size_computes_what_one_process_does(world: int) -> None:
                 where = f"rank {rank}, {name}, {case}"
                 close = torch.allclose(got[name], value, rtol=1e-10, atol=1e-10)
                 assert close, f"{where}: off by {(got[name] - value).abs().max():.3g}"
+
+
+def test_sixty_four_ranks() -> None:
+    """In threads of one process; the tensors are drawn before, because threads share a generator."""
+    case = Case(
+        random.getrandbits(30), st.Local(60) | st.Global(10), 2000, 4, 2, True, "balanced", padded=True
+    )
+    expected, made, mask = alone(case), case.tensors(), case.mask()
+    case.tensors = lambda: {name: x.detach().clone() for name, x in made.items()}  # type: ignore[method-assign]
+    case.mask = lambda: mask  # type: ignore[method-assign]
+    wrong: list[tuple[int, str]] = []
+
+    def one(_: Any) -> None:
+        rank = torch.distributed.get_rank()
+        found = on_rank(rank, 64, [case])[0]
+        wrong.extend(
+            (rank, name)
+            for name, want in expected.items()
+            if not torch.allclose(found[name], want, rtol=1e-10, atol=1e-10)
+        )
+
+    spawn_threads_and_init_comms(one, world_size=64)(None)
+    assert not wrong, f"{case.seed}: {wrong[:5]}"
 
 
 def few_tokens(rank: int, world: int) -> None:

@@ -87,10 +87,10 @@ class Ranks:
         digest = hashlib.sha256(repr((facts, problem)).encode()).digest()
         words = [int.from_bytes(digest[8 * i : 8 * i + 8], "little", signed=True) for i in range(_WORDS)]
         mine = torch.tensor([*words, -1 if problem is not None else tokens])
-        everyone = torch.empty(self.size * mine.numel(), dtype=torch.int64)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
         with self.watched("the agreement before the exchange"):
-            dist.all_gather_into_tensor(everyone, mine, group=self.side())
-        rows = everyone.view(self.size, -1).tolist()
+            dist.all_gather(everyone, mine, group=self.side())
+        rows = torch.stack(everyone).tolist()
         if all(row[:-1] == rows[0][:-1] for row in rows) and rows[0][-1] >= 0:
             return tuple(row[-1] for row in rows)
         told: list[tuple[dict[str, str], str | None] | None] = [None] * self.size
@@ -109,7 +109,7 @@ class Ranks:
                     f"{what} (rank {self.rank} of {self.size})",
                     expected="all ranks to take part in time",
                     got=str(problem).splitlines()[0],
-                    fix="Use nothing of this call. See which rank stopped first, and start again from the last "
+                    fix="Use nothing of this call. See which rank stopped first; start again from the last "
                     "checkpoint.",
                 )
             ) from problem

@@ -92,12 +92,12 @@ def _gathered(x: Tensor, dim: int, sharding: Sharding, ranks: Ranks) -> Tensor:
     # Pieces differ by a tile at most; all_gather wants them equal.
     mine = rows.new_zeros((max(counts), *rows.shape[1:]))
     mine[: rows.shape[0]] = rows
-    pieces = rows.new_empty((ranks.size * max(counts), *rows.shape[1:]))
-    dist.all_gather_into_tensor(pieces, mine, group=ranks.group)
+    pieces = [torch.empty_like(mine) for _ in counts]
+    with ranks.watched("the gathering of a sequence"):
+        dist.all_gather(pieces, mine, group=ranks.group)
     whole = rows.new_empty((sharding.length, *rows.shape[1:]))
     for rank, count in enumerate(counts):
-        piece = pieces[rank * max(counts) : rank * max(counts) + count]
-        whole.index_copy_(0, sharding.positions_of(rank).to(x.device), piece)
+        whole.index_copy_(0, sharding.positions_of(rank).to(x.device), pieces[rank][:count])
     return whole.movedim(0, dim).contiguous()
 
 
