@@ -18,12 +18,14 @@ from sparsetile.nn.factory import (
 from sparsetile.nn.multihead import BlockSparseRingMultiheadDilatedAttention
 from sparsetile.nn.presets import get_block_sparse_preset
 from sparsetile.patterns import (
+    Anchored,
     Budget,
     Causal,
     Dilated,
     Documents,
     Full,
     Global,
+    Hierarchical,
     Local,
     LogStrided,
     Pattern,
@@ -35,6 +37,7 @@ from sparsetile.patterns import (
 
 __all__ = [
     "AdaptiveConfig",
+    "Anchored",
     "BlockLayout",
     "BlockSparseAdaptive",
     "BlockSparseRingDilatedAttention",
@@ -48,6 +51,7 @@ __all__ = [
     "Documents",
     "Full",
     "Global",
+    "Hierarchical",
     "Local",
     "LogStrided",
     "Pattern",

@@ -1,5 +1,6 @@
 """Patterns: which keys each query may attend, as values in tokens."""
 
+from sparsetile.patterns.anchored import Anchored
 from sparsetile.patterns.base import Pattern
 from sparsetile.patterns.budget import Budget
 from sparsetile.patterns.config import SparsePatternConfig
@@ -16,6 +17,7 @@ from sparsetile.patterns.lattice import Dilated, LogStrided, Strided
 from sparsetile.patterns.parse import parse_pattern
 
 __all__ = [
+    "Anchored",
     "Budget",
     "Causal",
     "Dilated",

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Callable
 
 from sparsetile.errors import PatternError, explain
+from sparsetile.patterns.anchored import Anchored
 from sparsetile.patterns.base import Pattern
 from sparsetile.patterns.branches import NotInBranches
 from sparsetile.patterns.budget import Budget
@@ -18,6 +19,7 @@ from sparsetile.patterns.lattice import Dilated, LogStrided, Strided
 _KNOWN: dict[str, Callable[..., Pattern]] = {
     kind.__name__: kind
     for kind in (
+        Anchored,
         Budget,
         Causal,
         Dilated,
