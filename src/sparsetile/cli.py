@@ -53,7 +53,8 @@ _COMMANDS = {
         "examples:\n"
         "  sparsetile plan 'Local(4096) | Global(64)' --length 1M --ranks 64 --causal\n"
         "  sparsetile plan 'Local(4096) | Global(64)' --length 16M --ranks 2,8,64,1024 --ranks-per-node 8\n"
-        "  sparsetile plan 'Local(2048) | Strided(65536)' --length 1M --ranks 16 --max-remote-tokens 64K\n",
+        "  sparsetile plan 'Local(2048) | Anchored(1048576, 8)' --length 1M --ranks 16\n"
+        "  sparsetile plan 'Hierarchical(16, 8)' --length 1M --ranks 16 --ranks-per-node 8\n",
     ),
     "train": (
         "train a byte-level language model with a pattern, or compare it with dense attention",

@@ -49,9 +49,19 @@ def test_large_worlds_show_the_busiest(capsys):
     assert any("16 of 64 ranks" in line for line in lines)
 
 
+def test_hierarchical_lies_where_it_says(capsys):
+    options = ["--length", "32K", "--ranks", "4", "--ranks-per-node", "2", "--causal"]
+    order = "order=(0, 7, 1, 6, 2, 5, 3, 4)"
+    for extra, kind in (("", "contiguous"), (order, "balanced"), ("order=(3, 2, 1, 0)", "dealt")):
+        assert _lines(capsys, f"Hierarchical(4, 2, {extra}) | Local(10)", *options)[3].split()[1] == kind
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
+        (["Local(1) | Hierarchical(4)"], "--ranks 4"),
+        (["Hierarchical(8, 4)"], "--ranks-per-node 4"),
+        (["Hierarchical(8)", "--sharding", "balanced"], "--sharding balanced"),
         (["Lokal(3)"], "Local"),
         (["Local(3)", "--heads", "3", "--kv-heads", "2"], "--heads"),
         (["Local(3)", "--ranks-per-node", "3"], "--ranks-per-node"),

@@ -18,7 +18,7 @@ from sparsetile.distributed.plan import Plan, PlanReport, make_plan
 from sparsetile.distributed.sharding import Sharding, choose_sharding
 from sparsetile.errors import ArgumentError, explain
 from sparsetile.layout.blocks import BLOCK_SIZES, BlockLayout
-from sparsetile.patterns import Causal, parse_pattern
+from sparsetile.patterns import Causal, Hierarchical, Pattern, parse_pattern
 from sparsetile.viz import byte_size, tokens
 
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -91,9 +91,12 @@ def main(options: argparse.Namespace) -> int:
     pattern = parse_pattern(options.pattern)
     if options.causal:
         pattern = pattern & Causal()
+    machine = _hierarchical(pattern)
+    for ranks in options.ranks:
+        _check_machine(machine, ranks, options)
     layout = BlockLayout.from_pattern(pattern, options.length, block_size=options.block, heads=heads)
     built = time.perf_counter() - begun
-    planned = [_plan(layout, ranks, heads, options) for ranks in options.ranks]
+    planned = [_plan(layout, ranks, heads, machine, options) for ranks in options.ranks]
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     title = f"{options.pattern}, causal" if options.causal else options.pattern
@@ -111,9 +114,38 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(layout: BlockLayout, ranks: int, heads: int, options: argparse.Namespace) -> _Planned:
+def _hierarchical(pattern: Pattern) -> Hierarchical | None:
+    """The part of a pattern that says where tiles live, if it has one."""
+    if isinstance(pattern, Hierarchical):
+        return pattern
+    return next(filter(None, map(_hierarchical, pattern.children)), None)
+
+
+def _check_machine(machine: Hierarchical | None, ranks: int, options: argparse.Namespace) -> None:
+    """Raises ArgumentError if the pattern is of another machine than the one asked about."""
+    if machine is None:
+        return
+    here = (ranks, options.ranks_per_node or ranks)
+    there = (machine.ranks, machine.ranks_per_node or machine.ranks)
+    if there != here or options.sharding != "auto":
+        sharding = "" if options.sharding == "auto" else f", --sharding {options.sharding}"
+        raise ArgumentError(
+            explain(
+                "a Hierarchical pattern",
+                expected=f"--ranks {there[0]} --ranks-per-node {there[1]} and its own order of chunks",
+                got=f"--ranks {here[0]} --ranks-per-node {here[1]}{sharding}",
+                fix="Its densities are of one machine and one sharding.",
+            )
+        )
+
+
+def _plan(
+    layout: BlockLayout, ranks: int, heads: int, machine: Hierarchical | None, options: argparse.Namespace
+) -> _Planned:
     begun = time.perf_counter()
-    if options.sharding == "auto":
+    if machine is not None:
+        sharding = Sharding(options.length, ranks, options.block, machine.order)
+    elif options.sharding == "auto":
         sharding = choose_sharding(layout, ranks)
     else:
         sharding = getattr(Sharding, options.sharding)(options.length, ranks, options.block)
@@ -150,7 +182,7 @@ def _worlds(planned: list[_Planned]) -> Table:
             crossing = [f"{byte_size(float(report.crossing.double().mean() * node))} a node", ratio]
         table.add_row(
             str(sharding.ranks),
-            "contiguous" if sharding.order is None else "balanced",
+            _name(sharding),
             tokens(-(-sharding.length // sharding.ranks)),
             byte_size(float(report.received.double().mean())),
             byte_size(int(report.received.max())),
@@ -189,6 +221,13 @@ def _details(console: Console, planned: _Planned) -> None:
     console.print(table)
     what = "one tile of all kv heads" if plan.heads_together else "one tile of one kv head"
     console.print(f"\n{plan.units:,} units travel, each {what}; plan {plan.hash}", soft_wrap=True)
+
+
+def _name(sharding: Sharding) -> str:
+    if sharding.order is None:
+        return "contiguous"
+    balanced = Sharding.balanced(sharding.length, sharding.ranks, sharding.block)
+    return "balanced" if sharding == balanced else "dealt"
 
 
 def _partners(counts: Tensor) -> str:

@@ -72,9 +72,9 @@ class Anchored(Pattern):
 
     Like :class:`Dilated`, every query keeps one unit in ``dilation_rate``; which one depends on the kv head
     (query head ``// group_size``) and not on the query. All rows of a rank then attend the same keys of a kv
-    head, so a rank receives one in ``dilation_rate`` of the others' keys; with ``Dilated``, whose rows differ,
-    nearly all. ``dilation_rate`` kv heads together reach every key. A query may find its own
-    position left out: join a window, ``Local(…) | Anchored(…)``.
+    head, so a rank receives one in ``dilation_rate`` of the others' keys; with ``Dilated``, whose rows
+    differ, nearly all. ``dilation_rate`` kv heads together reach every key. A query may find its own position
+    left out: join a window, ``Local(…) | Anchored(…)``.
 
     ``unit`` is ``"block"`` (a tile of the layout), ``"token"`` or a number of tokens.
 
