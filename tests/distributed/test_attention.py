@@ -16,7 +16,8 @@ from torch.testing._internal.common_distributed import spawn_threads_and_init_co
 import sparsetile as st
 from processes import run_ranks
 from sparsetile.distributed import Sharding, distributed_attention, unshard_sequence
-from sparsetile.errors import ArgumentError, MismatchError, RankLostError
+from sparsetile.errors import ArgumentError, BackendError, MismatchError, RankLostError
+from sparsetile.kernels import cpu, triton_backend
 
 BLOCK = 16
 
@@ -101,7 +102,7 @@ def on_rank(rank: int, world: int, cases: list[Case]) -> list[dict[str, Tensor]]
         out, lse = distributed_attention(
             leaves["q"], leaves["k"], leaves["v"], case.layout(), order=case.order,
             key_padding_mask=None if mask is None else mask[:, where.positions_of(rank)],
-            tile_bias=leaves.get("bias"), max_remote_tokens=case.most, **case.common(),
+            tile_bias=leaves.get("bias"), max_remote_tokens=case.most, **case.common(), **case.options,
         )  # fmt: skip
         total = (out * pieces["grad"]).sum()
         total = total + (lse * pieces["grad_lse"]).masked_fill(lse.isinf(), 0.0).sum()
@@ -258,6 +259,11 @@ def disagreeing(rank: int, world: int, what: str) -> str:
     q, k, v = (made[name].index_select(2, where.positions_of(rank)) for name in "qkv")
     pattern: Any = case.pattern
     settings: dict[str, Any] = {}
+    if what == "backend":
+        settings["backend"] = "cpu"
+    if what == "bias":
+        pattern = st.BlockLayout.from_pattern(st.Local(40), case.length, block_size=BLOCK)
+        settings["tile_bias"] = torch.zeros(pattern.capacity).to([torch.float32, torch.float64][rank % 2])
     if rank == 1:
         if what == "pattern":
             pattern = st.Local(41)
@@ -269,24 +275,89 @@ def disagreeing(rank: int, world: int, what: str) -> str:
             q, k, v = q.double(), k.double(), v.double()
         elif what == "gradient":
             q = q.requires_grad_()
+        elif what == "value gradient":
+            v = v.requires_grad_()
         elif what == "setting":
             settings["scale"] = 0.3
+        elif what == "spelling":
+            settings["block_size"] = str(BLOCK)
+        elif what == "flag":
+            settings["enable_gqa"] = torch.ones(2)
+        elif what == "backend":
+            cpu.why_not = lambda *_: "it is not here."
         elif what == "tokens":
             q, k, v = (x[:, :, :-BLOCK] for x in (q, k, v))
     try:
-        distributed_attention(q, k, v, pattern, block_size=BLOCK, **settings)
+        distributed_attention(q, k, v, pattern, **{"block_size": BLOCK} | settings)
     except (MismatchError, ArgumentError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
 
-@pytest.mark.parametrize("what", ["pattern", "layout", "shape", "dtype", "gradient", "setting", "tokens"])
+_DIFFERENT = [
+    "pattern",
+    "layout",
+    "shape",
+    "dtype",
+    "gradient",
+    "value gradient",
+    "setting",
+    "spelling",
+    "flag",
+]
+
+
+@pytest.mark.parametrize("what", [*_DIFFERENT, "backend", "bias", "tokens"])
 def test_ranks_that_differ_all_raise_the_same(what: str) -> None:
     texts = run_ranks(disagreeing, 3, what, seconds=60)
     assert len(set(texts)) == 1
     assert texts[0].startswith("ArgumentError: tokens" if what == "tokens" else "MismatchError"), texts[0]
     if what != "tokens":
         assert "rank 1" in texts[0] and "Nothing was sent" in texts[0]
+
+
+def unserved(rank: int, world: int) -> str:
+    """A backend that serves nobody here, in stages, and ranks without tokens."""
+    x = torch.randn(1, 2, Sharding.contiguous(2 * BLOCK, world, BLOCK).tokens_of(rank), 8)
+    with pytest.raises(BackendError) as raised:
+        distributed_attention(x, x, x, st.Full(), block_size=BLOCK, backend="triton", max_remote_tokens=BLOCK)
+    return str(raised.value)
+
+
+def test_what_no_rank_can_do_is_the_error_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "why_not", lambda *_: "it is not here.")
+    assert len(set(run_ranks(unserved, 4, seconds=60))) == 1
+
+
+def named_reference(rank: int, world: int) -> None:
+    """The dense backend, too, gives each part its share of the gradients."""
+    case = Case(9, st.Local(40), 150, 4, 2, padded=True, biased=True, most=2 * BLOCK)
+    expected = alone(case)
+    case.options["backend"] = "reference"
+    for name, got in on_rank(rank, world, [case])[0].items():
+        torch.testing.assert_close(got, expected[name], rtol=1e-10, atol=1e-10)
+
+
+def test_the_reference_over_ranks() -> None:
+    run_ranks(named_reference, 2)
+
+
+def twice_derived(rank: int, world: int) -> None:
+    x = torch.randn(1, 2, 2 * BLOCK, 8, dtype=torch.float64, requires_grad=True)
+    out = distributed_attention(x, x, x, st.Full(), block_size=BLOCK)
+    with pytest.raises(BackendError, match="no second derivative"):
+        torch.autograd.grad(out.sum(), [x], create_graph=True)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    run_ranks(twice_derived, 2)
+
+
+def test_a_world_of_one_refuses_the_same_settings() -> None:
+    x = torch.randn(1, 2, BLOCK, 8)
+    for settings in ({"order": "ring"}, {"keep": 1}):
+        with pytest.raises(ArgumentError, match=next(iter(settings))):
+            distributed_attention(x, x, x, st.Full(), block_size=BLOCK, **settings)
 
 
 def lost(rank: int, world: int, phase: str) -> str:

@@ -76,6 +76,8 @@ def wrong_on_one(rank: int, world: int) -> str:
         module(q, x, x)
     with pytest.raises(NotBuiltError, match="need_weights"):
         module(x, x, x, need_weights=True)
+    with pytest.raises(MismatchError, match="rank 1: ring"):
+        module(x, x, x, need_weights=rank == 1)
     return str(raised.value)
 
 

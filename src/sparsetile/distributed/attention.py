@@ -36,15 +36,14 @@ from sparsetile.errors import (
     BackendError,
     NotBuiltError,
     PatternError,
-    SparsetileError,
     explain,
 )
 from sparsetile.functional import as_autocast, causal_of, merge_attention, pattern_text, sparse_attention
 from sparsetile.kernels.request import Gradients, Request
-from sparsetile.kernels.select import check_name
+from sparsetile.kernels.select import check_name, choose
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.cache import cached_layout
-from sparsetile.patterns import Pattern
+from sparsetile.patterns import Full, Pattern
 
 Order = Literal["contiguous", "balanced"]
 ORDERS = ("contiguous", "balanced")
@@ -147,11 +146,13 @@ def distributed_attention(
     Raises:
         MismatchError: ranks differ in what they ask for, or one of them cannot: the same on every rank.
         RankLostError: a rank did not take part; forward or backward.
-        ArgumentError, PatternError, LayoutError, BackendError: as ``sparse_attention``, in a world of one.
+        ArgumentError, PatternError, LayoutError, BackendError: as ``sparse_attention``, where all ranks make
+            the same mistake; a second derivative.
         NotBuiltError: key padding with a pattern that differs by head.
     """
     ranks = Ranks.of(group)
     if ranks.size == 1:
+        _check_choices(order, keep)
         # The layout of a text or Pattern is the cache's; all else is what one process does anyway.
         out, lse = sparse_attention(
             query,
@@ -168,16 +169,14 @@ def distributed_attention(
             return_lse=True,
         )
         return (out, lse) if return_lse else out
-    settings = (order, is_causal, scale, enable_gqa, backend)
-    problem: str | None = None
+    settings = (order, is_causal, scale, enable_gqa, backend, block_size, max_remote_tokens, keep)
+    problem: Exception | None = None
     call: dict[str, object] = {}
     try:
         query, key, value = _checked(query, key, value, key_padding_mask, tile_bias, settings)
-        call = _described(
-            query, key, pattern, key_padding_mask, tile_bias, (*settings, block_size, max_remote_tokens, keep)
-        )
-    except SparsetileError as error:
-        problem = str(error)
+        call = _described(query, key, value, pattern, key_padding_mask, tile_bias, settings)
+    except Exception as error:  # whatever it is, the others must not wait for this rank
+        problem = error
     tokens = 0 if problem is not None else query.shape[2]
     counts = ranks.agree(call, tokens, problem)
     # From here on every rank does the same: what fails now fails on all of them.
@@ -279,6 +278,11 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise BackendError(
+                "distributed_attention has no second derivative: expected backward() or torch.autograd.grad, "
+                "got create_graph=True. Use F.scaled_dot_product_attention where you need one."
+            )
         q, k, v, out, lse, mask, *rest = ctx.saved_tensors
         call: _Call = replace(ctx.call, mask=mask)
         plan, wanted = call.plan, ctx.needs_input_grad[4:]
@@ -342,8 +346,9 @@ def _checked(
     Raises:
         SparsetileError: what is wrong with this rank's arguments, as far as that can be told alone.
     """
-    order, is_causal, scale, enable_gqa, backend = settings
+    order, is_causal, scale, enable_gqa, backend, block_size, _, keep = settings
     check_types(query=query, key=key, value=value)
+    check_flag("enable_gqa", enable_gqa)
     optional = {"key_padding_mask": mask, "tile_bias": tile_bias}
     check_types(**{name: x for name, x in optional.items() if x is not None})
     query, key, value = as_autocast(query, key, value)
@@ -366,12 +371,7 @@ def _checked(
     check_flag("is_causal", is_causal)
     check_settings(scale, 0.0)
     check_mask(mask, query, key.shape[2])
-    if order not in ORDERS:
-        raise ArgumentError(
-            explain(
-                "order", expected=f"one of {', '.join(ORDERS)}", got=repr(order), fix="See the docstring."
-            )
-        )
+    _check_choices(order, keep)
     plain = op.plain(query, key, value)
     if not plain:
         raise BackendError(
@@ -379,19 +379,34 @@ def _checked(
                 "distributed attention",
                 expected="plain tensors, outside of compiled graphs, modes and transforms",
                 got="others",
-                fix="Leave the call out of torch.compile.",
+                fix="Leave the call out of torch.compile, torch.func and torch.set_default_device.",
             )
         )
+    # What serves a call of one tile serves any: a rank that finds no backend says so before others wait.
+    tile = query.new_empty((1, 1, 1, query.shape[3]))
+    layout = cached_layout(Full(), 1, None, block_size, query.device)
+    choose(backend, tile, tile, tile, Request(layout, 1.0))
     return query, key, value
 
 
+def _check_choices(order: object, keep: object) -> None:
+    check_flag("keep", keep)
+    if order not in ORDERS:
+        raise ArgumentError(
+            explain(
+                "order", expected=f"one of {', '.join(ORDERS)}", got=repr(order), fix="See the docstring."
+            )
+        )
+
+
 def _holds_none(x: Tensor) -> bool:
-    return x.dim() == 4 and x.shape[2] == 0
+    return not x.is_nested and x.dim() == 4 and x.shape[2] == 0
 
 
 def _described(
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     pattern: object,
     mask: Tensor | None,
     tile_bias: Tensor | None,
@@ -424,15 +439,17 @@ def _described(
                 fix="For example Local(1024) | Global(64).",
             )
         )
-    if tile_bias is not None and not isinstance(pattern, BlockLayout):
-        raise ArgumentError(
-            explain(
-                "tile_bias",
-                expected="a BlockLayout, whose tiles it counts",
-                got="a Pattern",
-                fix="Build the layout, and pass it.",
+    if tile_bias is not None:
+        if not isinstance(pattern, BlockLayout):
+            raise ArgumentError(
+                explain(
+                    "tile_bias",
+                    expected="a BlockLayout, whose tiles it counts",
+                    got="a Pattern",
+                    fix="Build the layout, and pass it.",
+                )
             )
-        )
+        checked_tile_bias(tile_bias, query, pattern)
     names = (
         "order",
         "is_causal",
@@ -445,7 +462,7 @@ def _described(
     )
     batch, heads, _, dim = query.shape
     gradients = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (query, key, tile_bias)
+        x is not None and x.requires_grad for x in (query, key, value, tile_bias)
     )
     facts: dict[str, object] = {
         "version": _VERSION,
@@ -456,7 +473,8 @@ def _described(
         "head_dim": dim,
         "dtype": query.dtype,
         "device": query.device.type,
-        **dict(zip(names, settings, strict=True)),
+        # As Python spells them: 16 and "16" are not the same.
+        **dict(zip(names, map(repr, settings), strict=True)),
         "key_padding_mask": mask is not None,
         "tile_bias": None if tile_bias is None else list(tile_bias.shape),
         "gradients": gradients,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from sparsetile.errors import ArgumentError, MismatchError, RankLostError, explain
+from sparsetile.errors import ArgumentError, MismatchError, RankLostError, SparsetileError, explain
 
 _WORDS = 4
 """int64 words of a digest."""
@@ -67,7 +67,9 @@ class Ranks:
             )
         return cls(group, dist.get_rank(group), dist.get_world_size(group))
 
-    def agree(self, call: Mapping[str, object], tokens: int, problem: str | None = None) -> tuple[int, ...]:
+    def agree(
+        self, call: Mapping[str, object], tokens: int, problem: Exception | str | None = None
+    ) -> tuple[int, ...]:
         """Raises on every rank unless all of them make the same call; returns the tokens of each rank.
 
         One all_gather of five numbers, on the CPU, so that no device is waited for.
@@ -78,25 +80,32 @@ class Ranks:
             problem: what is wrong with this rank's arguments, if anything is.
 
         Raises:
-            MismatchError: ranks differ, or one of them has a problem; the same text on each of them.
+            MismatchError: ranks differ, or some have a problem; the same text on each of them. If all have
+                the same exception for a problem, each raises that.
             RankLostError: a rank did not take part.
         """
         if self.group is None:
             return (tokens,)
         facts = {name: str(value) for name, value in call.items()}
-        digest = hashlib.sha256(repr((facts, problem)).encode()).digest()
+        foreign = isinstance(problem, Exception) and not isinstance(problem, SparsetileError)
+        text = None if problem is None else repr(problem) if foreign else str(problem)
+        digest = hashlib.sha256(repr((facts, text)).encode()).digest()
         words = [int.from_bytes(digest[8 * i : 8 * i + 8], "little", signed=True) for i in range(_WORDS)]
-        mine = torch.tensor([*words, -1 if problem is not None else tokens])
+        mine = torch.tensor([*words, -1 if problem is not None else tokens], device="cpu")
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         with self.watched("the agreement before the exchange"):
             dist.all_gather(everyone, mine, group=self.side())
         rows = torch.stack(everyone).tolist()
-        if all(row[:-1] == rows[0][:-1] for row in rows) and rows[0][-1] >= 0:
-            return tuple(row[-1] for row in rows)
+        if all(row[:-1] == rows[0][:-1] for row in rows):
+            if isinstance(problem, Exception):
+                raise problem
+            if problem is None:
+                return tuple(row[-1] for row in rows)
         told: list[tuple[dict[str, str], str | None] | None] = [None] * self.size
         with self.watched("the agreement before the exchange"):
-            dist.all_gather_object(told, (facts, problem), group=self.side())
-        raise MismatchError(_disagreement([each for each in told if each is not None]))
+            dist.all_gather_object(told, (facts, text), group=self.side())
+        cause = problem if isinstance(problem, Exception) else None
+        raise MismatchError(_disagreement([each for each in told if each is not None])) from cause
 
     @contextmanager
     def watched(self, what: str) -> Iterator[None]:
@@ -108,7 +117,7 @@ class Ranks:
                 explain(
                     f"{what} (rank {self.rank} of {self.size})",
                     expected="all ranks to take part in time",
-                    got=str(problem).splitlines()[0],
+                    got=(str(problem) or type(problem).__name__).splitlines()[0],
                     fix="Use nothing of this call. See which rank stopped first; start again from the last "
                     "checkpoint.",
                 )
@@ -138,7 +147,7 @@ def _disagreement(told: Sequence[tuple[dict[str, str], str | None]]) -> str:
         return explain(
             "distributed call",
             expected=f"arguments that all {len(told)} ranks can serve",
-            got="; ".join(f"{_ranks(who)}: {problem}" for problem, who in problems.items()),
+            got="; ".join(f"{_ranks(who)}: {problem.rstrip('.')}" for problem, who in problems.items()),
             fix="Nothing was sent.",
         )
     differing = []

@@ -135,8 +135,13 @@ def backward(
     exact = _attend(q, k, v, request)
     layout, (batch, heads), key_heads = request.layout, q.shape[:2], k.shape[1]
     grad_out = grad_out.double()
-    weights, factor = exact.weights, exact.factor
-    drift = (grad_out * exact.out).sum(-1, keepdim=True)
+    # Of a row that has keys elsewhere too, what is given is of all of them. Where it is of these keys alone,
+    # what was computed anew is the same without the rounding.
+    whole = exact.lse.to(lse.dtype) == lse
+    share = torch.where(whole, 0.0, exact.lse - lse.double()).exp()
+    weights, factor = exact.weights * share[..., None], exact.factor
+    out = torch.where(whole[..., None], exact.out, out.double())
+    drift = (grad_out * out).sum(-1, keepdim=True)
     if grad_lse is not None:
         drift = drift - grad_lse.double()[..., None]
     slopes = grad_out @ exact.v.transpose(-1, -2)

@@ -75,7 +75,8 @@ class Backend(Protocol):
         tile_bias_grad: bool,
         attn_bias_grad: bool,
     ) -> Gradients:
-        """Gradients of ``sum(out·grad_out) + sum(lse·grad_lse)``.
+        """Gradients of ``sum(out·grad_out) + sum(lse·grad_lse)``. ``out`` and ``lse`` may be those of an
+        attention of which the keys are a part: then this part's share of that attention's gradients.
 
         ``tile_bias_grad`` asks for fp32 ``[b, h, capacity]``, b being B if ``layout.batch`` is 1, else 1, h
         likewise; ``attn_bias_grad`` for ``[B, H, Nq, Nk]``, zero at pairs that the layout does not keep.

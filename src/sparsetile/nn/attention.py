@@ -165,12 +165,16 @@ class BlockSparseRingDilatedAttention(Planned):
         need_weights: bool,
     ) -> Tensor:
         from sparsetile.distributed.attention import distributed_attention
+        from sparsetile.distributed.ranks import Ranks
 
         if need_weights or (self.training and self.dropout > 0.0):
-            raise NotBuiltError(
+            problem = NotBuiltError(
                 "ring: softmax weights and dropout over several ranks are not built yet. Pass "
                 "need_weights=False and dropout=0.0."
             )
+            # Ranks that do not ask for them would wait for this one.
+            Ranks.of(self.ring).agree({}, 0, problem)
+            raise problem
         # What is no such tensor is refused there, on every rank alike.
         q, k, v = (x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() == 4 else x for x in (q, k, v))
         out: Tensor = distributed_attention(
