@@ -20,7 +20,7 @@ from sparsetile.patterns import Causal, Dilated, Full, Global, Local, Random, St
 def draw_plan(draw: st.DrawFn) -> Plan:
     block = draw(st.sampled_from([16, 16, 32]))
     length = draw(st.integers(1, 22 * block))
-    ranks = draw(st.sampled_from([1, 2, 3, 5, 8]))
+    ranks = draw(st.sampled_from([1, 2, 3, 4, 5, 6, 8]))
     kv_heads, group_size = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2), (3, 1)]))
     made = draw(pattern(length, block))
     heads = kv_heads * group_size
@@ -97,6 +97,36 @@ def test_all_ranks_together_are_the_layout(plan):
 @runs(100)
 @given(draw_plan())
 def test_what_travels(plan):
+    _check_travel(plan)
+
+
+@pytest.mark.parametrize("ranks, node", [(8, 4), (8, 2), (6, 3), (4, 2)])
+def test_what_travels_between_nodes_in_stages(ranks, node):
+    """Few draws above have nodes, stages and units that are passed on at once."""
+    seed = random.randrange(2**32)
+    draw = random.Random(seed)
+    for _ in range(3):
+        length, by_head = draw.randint(32 * ranks, 16 * 40), draw.random() < 0.5
+        made = Random(draw.choice([0.1, 0.3, 0.6]), draw.randrange(2**32), by_head=by_head) | Global(17)
+        layout = BlockLayout.from_pattern(made, length, block_size=16, heads=4)
+        make = draw.choice([Sharding.contiguous, Sharding.balanced])
+        most = 16 * draw.randint(1, 3)
+        plan = make_plan(
+            layout,
+            make(length, ranks, 16),
+            kv_heads=2,
+            group_size=2,
+            ranks_per_node=node,
+            max_remote_tokens=most,
+        )
+        assert plan.stages > 1 and any(plan.forwards), f"seed={seed}"
+        try:
+            _check_travel(plan)
+        except AssertionError as error:
+            raise AssertionError(f"seed={seed} {plan.sharding} {made} {most}") from error
+
+
+def _check_travel(plan):
     sharding, count = plan.sharding, plan.sharding.ranks
     ranks = [plan.for_rank(r) for r in range(count)]
     owner, place = sharding.tile_owner(), sharding.local_index()
