@@ -15,7 +15,7 @@ from sparsetile.layout.blocks import BlockLayout
 from sparsetile.patterns import Anchored, Causal, Dilated, Local, parse_pattern
 
 
-@runs(100)
+@runs(60)
 @given(st.data())
 def test_definition_and_layout(data):
     draw = data.draw

@@ -63,7 +63,7 @@ def _rows(pattern: Hierarchical, tiles: int) -> list[set[int]]:
     return rows
 
 
-@runs(120)
+@runs(80)
 @given(hierarchical(), st.integers(1, 40), st.sampled_from([16, 32]))
 def test_definition(pattern, tiles, block):
     length = torch.arange(tiles) * block
@@ -75,7 +75,7 @@ def test_definition(pattern, tiles, block):
     assert torch.equal(allowed, expected)
 
 
-@runs(120)
+@runs(80)
 @given(hierarchical(), st.integers(1, 500), st.data())
 def test_layout_agrees(pattern, k_len, data):
     block = data.draw(st.sampled_from([16, 16, 32, 64]))
