@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparsetile.distributed.config import DistributedSparseConfig
 from sparsetile.distributed.gradients import GradientExchange
+from sparsetile.errors import ArgumentError, explain
 
 
 def compress_gradients(
@@ -31,6 +32,7 @@ def compress_gradients(
 
     Raises:
         MismatchError, ArgumentError: as ``GradientExchange``.
+        ArgumentError: ``"powersgd"`` for a model on the CPU, where it deadlocks.
     """
     if config.hook is None:
         return None
@@ -40,11 +42,22 @@ def compress_gradients(
         if parameter.requires_grad and name not in model.parameters_to_ignore
     ]
     group = model.process_group
+    on_host = bool(parameters) and parameters[0][1].device.type == "cpu"
     if config.hook == "bf16":
-        on_host = bool(parameters) and parameters[0][1].device.type == "cpu"
         model.register_comm_hook(group, _bf16_on_host if on_host else bf16_compress_hook)
         return None
     if config.hook == "powersgd":
+        if on_host:
+            # It starts collectives from callbacks, whose order differs between ranks if there are several
+            # buckets; NCCL's streams stand that, gloo's ranks wait for each other until they time out.
+            raise ArgumentError(
+                explain(
+                    "gradient_hook",
+                    expected='"topk" or "bf16" for a model on the CPU',
+                    got='"powersgd", which deadlocks over gloo',
+                    fix="Use PyTorch's PowerSGD on GPUs with NCCL.",
+                )
+            )
         from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
         state = powerSGD_hook.PowerSGDState(
