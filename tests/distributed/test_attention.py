@@ -342,6 +342,20 @@ def test_the_reference_over_ranks() -> None:
     run_ranks(named_reference, 2)
 
 
+def first_in_inference_mode(rank: int, world: int) -> None:
+    x = torch.randn(1, 2, 2 * BLOCK, 8, requires_grad=True)
+    layout = st.BlockLayout.from_pattern(st.Full(), world * 2 * BLOCK, block_size=BLOCK)
+    bias = torch.zeros(layout.capacity, requires_grad=True)
+    with torch.inference_mode():
+        distributed_attention(x, x, x, layout, tile_bias=bias, block_size=BLOCK)
+    out = distributed_attention(x, x, x, layout, tile_bias=bias, block_size=BLOCK)
+    assert all(grad.any() for grad in torch.autograd.grad(out.square().sum(), [x, bias]))
+
+
+def test_training_after_a_call_in_inference_mode() -> None:
+    run_ranks(first_in_inference_mode, 2)
+
+
 def twice_derived(rank: int, world: int) -> None:
     x = torch.randn(1, 2, 2 * BLOCK, 8, dtype=torch.float64, requires_grad=True)
     out = distributed_attention(x, x, x, st.Full(), block_size=BLOCK)

@@ -32,10 +32,28 @@ def test_pieces_make_the_whole_and_gradients_come_back(world: int, length: int) 
     run_ranks(both_ways, world, length)
 
 
+def twice(rank: int, world: int) -> None:
+    where = Sharding.contiguous(40, world, 16)
+    torch.manual_seed(2)
+    x = torch.randn(40, 3, dtype=torch.float64, requires_grad=True)
+    found = []
+    for inner in (lambda y: unshard_sequence(shard_sequence(y, 0, where) ** 3, 0, where), lambda y: y**3):
+        (grad,) = torch.autograd.grad(inner(x).square().sum(), x, create_graph=True)
+        found.append((grad, *torch.autograd.grad(grad.square().sum(), x)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_second_derivatives() -> None:
+    run_ranks(twice, 2)
+
+
 def test_bad_arguments_say_what_fits() -> None:
     where = Sharding.contiguous(100, 1, 16)
     with pytest.raises(ArgumentError, match="100 entries along dim 1"):
         shard_sequence(torch.zeros(2, 99), 1, where)
+    with pytest.raises(ArgumentError, match=r"along dim 1\.0"):
+        shard_sequence(torch.zeros(2, 100), 1.0, where)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="over the 1 ranks"):
         shard_sequence(torch.zeros(2, 100), 1, Sharding.contiguous(100, 2, 16))
     with pytest.raises(ArgumentError, match="a process group"):

@@ -487,7 +487,13 @@ def _layout(
 ) -> BlockLayout:
     """The layout of the whole sequence, on the CPU."""
     if isinstance(pattern, BlockLayout):
-        return pattern.to("cpu")
+        known = pattern._memo.get("on the cpu")
+        if not isinstance(known, BlockLayout):
+            # Kept with the layout, as the plan is with this one: read from a device once.
+            known = pattern.to("cpu")
+            if known is not pattern:
+                pattern._memo["on the cpu"] = known
+        return known
     if isinstance(pattern, str):
         pattern = op.parsed(pattern)
     return cached_layout(causal_of(pattern) if is_causal else pattern, length, None, block, "cpu", heads)
@@ -501,14 +507,16 @@ def _plan(
     name = f"plan {where} {rank} {heads} {kv_heads} {max_remote_tokens} {query.device}"
     known = layout._memo.get(name)
     if not isinstance(known, RankPlan):
-        made = make_plan(
-            layout,
-            where,
-            kv_heads=kv_heads,
-            group_size=heads // kv_heads,
-            max_remote_tokens=max_remote_tokens,
-        )
-        known = layout._memo[name] = made.for_rank(rank).to(query.device)
+        # Made in inference mode, autograd could not keep it for the backward of a later call.
+        with torch.inference_mode(False):
+            made = make_plan(
+                layout,
+                where,
+                kv_heads=kv_heads,
+                group_size=heads // kv_heads,
+                max_remote_tokens=max_remote_tokens,
+            )
+            known = layout._memo[name] = made.for_rank(rank).to(query.device)
     return known
 
 

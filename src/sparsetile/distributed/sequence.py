@@ -64,7 +64,8 @@ class _Shard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _gathered(grad, *ctx.how), None, None, None
+        # Not its plain function: the gradient has a gradient, too.
+        return _Unshard.apply(grad, *ctx.how), None, None, None  # type: ignore[no-untyped-call]
 
 
 class _Unshard(torch.autograd.Function):
@@ -75,7 +76,7 @@ class _Unshard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _own(grad, *ctx.how), None, None, None
+        return _Shard.apply(grad, *ctx.how), None, None, None  # type: ignore[no-untyped-call]
 
 
 def _own(x: Tensor, dim: int, sharding: Sharding, ranks: Ranks) -> Tensor:
@@ -116,7 +117,12 @@ def _fitting(sharding: Sharding, group: object) -> Ranks:
 
 
 def _dimension(x: Tensor, dim: int, count: int, what: str) -> int:
-    if not isinstance(x, Tensor) or not -x.dim() <= dim < x.dim() or x.shape[dim] != count:
+    if (
+        not isinstance(x, Tensor)
+        or type(dim) is not int
+        or not -x.dim() <= dim < x.dim()
+        or x.shape[dim] != count
+    ):
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ArgumentError(
             explain(
