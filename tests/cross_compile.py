@@ -78,13 +78,16 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
 
 def selection_of(hidden: int, dtype: torch.dtype, options: dict[str, Any]) -> Any:
     """The launch of ``topk_rows``. Options: ``k``, ``tiles`` (of queries and of keys), ``featured`` (noise, a
-    learned temperature, the sink and a mask), ``level`` of two: 1 over runs, 2 over their tiles."""
+    learned temperature, the sink and a mask), ``bilinear`` (no weights), ``level`` of two: 1 over runs, 2
+    over their tiles."""
     from sparsetile.kernels import triton_select
 
     k, tiles, featured = options.get("k", 16), options.get("tiles", 1024), options.get("featured", False)
     rows = torch.zeros(1, 32, tiles, hidden, dtype=dtype)
     weight, seed = torch.zeros(32, hidden), torch.zeros(1, dtype=torch.int64)
     given = (weight, weight[:, 0], torch.ones(32)) if featured else (weight, None, 1.0)
+    if options.get("bilinear", False):
+        given = (None, *given[1:])
     noise, valid = (seed, torch.ones(1, tiles, dtype=torch.bool)) if featured else (None, None)
     out = torch.zeros(1, 32, tiles, k, dtype=torch.int32), torch.zeros(1, 32, tiles, k)
     level = options.get("level", 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sparsetile as st
 from adaptive_oracle import compare, fresh, inputs, made
-from sparsetile.adaptive import choose
+from sparsetile.adaptive import choose, search
 from sparsetile.adaptive.seen import Seen
 from sparsetile.adaptive.select import select_tiles
 
@@ -52,24 +52,26 @@ def test_run_to_run_the_same_bits() -> None:
         assert all(torch.equal(*pair) for pair in zip(first, run(), strict=True))
 
 
+@pytest.mark.parametrize("form", ["mlp", "bilinear"])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("noisy", [False, True])
-def test_the_fused_choice_is_that_of_sorted_scores(is_causal: bool, noisy: bool, monkeypatch) -> None:
+def test_the_fused_choice_is_that_of_sorted_scores(form, is_causal: bool, noisy: bool, monkeypatch) -> None:
     fresh()
     q, k, _ = (x.detach().transpose(1, 2) for x in there(*inputs(q_len=5000, k_len=5000, dim=32)))
-    module = made(q.transpose(1, 2), k.transpose(1, 2), block_size=32).cuda()
+    module = made(q.transpose(1, 2), k.transpose(1, 2), block_size=32, form=form).cuda()
     seen = Seen.of(q, k, module.scorer, module.config, is_causal=is_causal, padding=None)
     noise = torch.tensor([1234567], device="cuda") if noisy else None
     settings = {"threshold": module.threshold, "temperature": module.temperature, "noise": noise}
-    fused = choose.choose_tiles(seen, module.config, module.scorer, **settings)
     calls = []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         return select_tiles(*args, **kwargs)
 
-    monkeypatch.setattr(choose, "MOST_KEPT", 0)
     monkeypatch.setattr(choose, "select_tiles", counted)
+    fused = choose.choose_tiles(seen, module.config, module.scorer, **settings)
+    assert not calls
+    monkeypatch.setattr(search, "MOST_KEPT", 0)
     sorted_ = choose.choose_tiles(seen, module.config, module.scorer, **settings)
     assert len(calls) == 1
     same = (fused.column == sorted_.column).float().mean().item()

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsetile.adaptive import ImportanceScorer, gumbel, own_tiles, reach, select_tiles
+from sparsetile.adaptive import ImportanceScorer, gumbel, own_tiles, reach, search, select_tiles
+from sparsetile.adaptive.scorer import Features
 from sparsetile.errors import ArgumentError, BackendError
 from sparsetile.kernels.triton_backend import device_problem
 from sparsetile.kernels.triton_select import MOST_KEPT, chosen_rows, topk_rows, why_not
@@ -22,6 +23,7 @@ pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMS = ("mlp", "bilinear")
 
 
 def mixed(x: int) -> int:
@@ -39,11 +41,11 @@ def one_gumbel(seed: int, line: int, row: int, col: int) -> float:
 
 @dataclass
 class Case:
-    """Arguments of one call; ``note`` replays it."""
+    """Arguments of one call; ``note`` replays it. Without ``w`` it is bilinear."""
 
     a: Tensor
     b: Tensor
-    w: Tensor
+    w: Tensor | None
     k: int
     w0: Tensor | None = None
     options: dict[str, Any] = field(default_factory=dict)
@@ -60,8 +62,11 @@ class Case:
         """What is ranked, float64 ``[B, G, nq, nk]``."""
         a, b = (x.detach().cpu().double() for x in (self.a, self.b))
         groups, hidden = a.shape[1], a.shape[3]
-        w = self.w.detach().cpu().double().reshape(-1, 1, 1, hidden).expand(groups, 1, 1, hidden)
-        s = (torch.relu(a[:, :, :, None] + b[:, :, None]) * w).sum(-1)
+        if self.w is None:
+            s = (a[:, :, :, None] * b[:, :, None]).sum(-1)
+        else:
+            w = self.w.detach().cpu().double().reshape(-1, 1, 1, hidden).expand(groups, 1, 1, hidden)
+            s = (torch.relu(a[:, :, :, None] + b[:, :, None]) * w).sum(-1)
         if self.w0 is not None:
             s = s + self.w0.cpu().double().reshape(-1, 1, 1)
         seed = self.options.get("noise")
@@ -113,9 +118,11 @@ class Case:
 
 
 def drawn(*, whole: bool = False, dtype: torch.dtype = torch.float32, **fixed: Any) -> Case:
-    """A random call. ``whole``: small integers, whose sums are exact and often equal. ``seed`` replays."""
+    """A random call. ``whole``: small integers, whose sums are exact and often equal. ``form``: one of
+    ``FORMS``, drawn if it is not given. ``seed`` replays."""
     seed = fixed.pop("seed", None) or random.SystemRandom().getrandbits(32)
     gen, rng = random.Random(seed), torch.Generator().manual_seed(seed)
+    form = fixed.pop("form", None) or gen.choice(FORMS)
     size = {
         "batch": gen.randint(1, 2), "groups": gen.randint(1, 2), "nq": gen.randint(1, 20),
         "nk": gen.randint(1, 90), "hidden": gen.randint(1, 20), "k": gen.randint(1, 20),
@@ -138,13 +145,13 @@ def drawn(*, whole: bool = False, dtype: torch.dtype = torch.float32, **fixed: A
     if gen.random() < 0.4:
         options["valid_keys"] = (torch.rand(batch, nk, generator=rng) < 0.7).to(DEVICE)
     a, b = (values(batch, groups, n, hidden).to(DEVICE, dtype) for n in (nq, nk))
-    w = values(gen.choice((1, groups)), hidden).to(DEVICE)
+    w = values(gen.choice((1, groups)), hidden).to(DEVICE) if form == "mlp" else None
     w0 = values(groups).to(DEVICE) if gen.random() < 0.5 else None
     options |= fixed
     told = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
     told["noise"] = options["noise"].tolist() if "noise" in options else None
     return Case(
-        a, b, w, k, w0, options, f"seed={seed} whole={whole} {dtype} {size} {told} fixed={list(fixed)}"
+        a, b, w, k, w0, options, f"seed={seed} whole={whole} {form} {dtype} {size} {told} fixed={list(fixed)}"
     )
 
 
@@ -152,17 +159,19 @@ def seed_tensor() -> Tensor:
     return torch.tensor([random.SystemRandom().getrandbits(62)], device=DEVICE)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("_", range(4))
-def test_exact_sums_and_their_ties_are_placed_exactly(dtype: torch.dtype, _: int) -> None:
-    drawn(whole=True, dtype=dtype).check(exact=True)
+@pytest.mark.parametrize("_", range(3))
+def test_exact_sums_and_their_ties_are_placed_exactly(form: str, dtype: torch.dtype, _: int) -> None:
+    drawn(whole=True, form=form, dtype=dtype).check(exact=True)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("noisy", [False, True])
-def test_random_scores(dtype: torch.dtype, noisy: bool) -> None:
+def test_random_scores(form: str, dtype: torch.dtype, noisy: bool) -> None:
     fixed = {"noise": seed_tensor(), "temperature": 0.3} if noisy else {}
-    drawn(dtype=dtype, **fixed).check(exact=False)
+    drawn(form=form, dtype=dtype, **fixed).check(exact=False)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 8, 17, 32, 33, 64, 65, 100])
@@ -177,7 +186,8 @@ def test_any_number_of_places(k: int) -> None:
 def test_orders_in_which_every_tile_or_none_enters(order: str) -> None:
     nk = 530
     b = {"rising": torch.arange(nk), "falling": -torch.arange(nk), "equal": torch.zeros(nk)}[order]
-    case = drawn(whole=True, batch=1, groups=1, nq=3, nk=nk, hidden=1, k=20, is_causal=False, seed=7)
+    size = {"batch": 1, "groups": 1, "nq": 3, "nk": nk, "hidden": 1, "k": 20}
+    case = drawn(whole=True, form="mlp", **size, is_causal=False, seed=7)
     case.a, case.w = torch.full_like(case.a, 600.0), torch.ones_like(case.w)
     case.b = b.float().reshape(case.b.shape).to(DEVICE)
     case.check(exact=True)
@@ -190,9 +200,9 @@ def test_long_causal_rows_of_ragged_length() -> None:
 
 
 def test_the_noise_is_that_of_select_tiles() -> None:
-    """With all weights 0, what is ranked is the noise itself."""
+    """With all scores 0, what is ranked is the noise itself."""
     case = drawn(batch=2, groups=2, nq=9, nk=50, k=12, own=False, noise=seed_tensor(), is_causal=False)
-    case.w, case.w0 = torch.zeros_like(case.w), None
+    case.a, case.w, case.w0 = torch.zeros_like(case.a), None, None
     case.options |= {"sink": False, "valid_keys": None}
     indices, scores = case.run()
     line = torch.arange(4).reshape(2, 2, 1, 1)
@@ -201,25 +211,26 @@ def test_the_noise_is_that_of_select_tiles() -> None:
     torch.testing.assert_close(scores, noise.gather(-1, indices.long()), rtol=0, atol=2e-6, msg=case.note)
 
 
-@pytest.mark.parametrize("heads", [None, 2])
-def test_a_scorer_s_selection_is_that_of_select_tiles(heads: int | None) -> None:
+@pytest.mark.parametrize(("form", "heads"), [("mlp", None), ("mlp", 2), ("bilinear", 2)])
+def test_a_scorer_s_selection_is_that_of_select_tiles(form: str, heads: int | None) -> None:
     rng = torch.Generator().manual_seed(seed := random.SystemRandom().getrandbits(32))
-    scorer = ImportanceScorer(8, 12, num_heads=heads, device=DEVICE)
-    summaries = (torch.randn(2, 2, n, 8, generator=rng).to(DEVICE) for n in (18, 40))
+    scorer = ImportanceScorer(8, 12, num_heads=heads, form=form, device=DEVICE)
+    summaries = (torch.randn(2, 2, n, 8, generator=rng).to(DEVICE) for n in (10, 40))
     features = scorer.features(*summaries)
     tau = torch.tensor([0.5, 2.0][: heads or 1], device=DEVICE)
     options: dict[str, Any] = {
-        "is_causal": True, "offset_tokens": 22 * 128, "block": 128, "noise": seed_tensor(), "sink": True,
+        "is_causal": True, "offset_tokens": 30 * 128, "block": 128, "noise": seed_tensor(), "sink": True,
         "temperature": tau, "valid_keys": (torch.rand(2, 40, generator=rng) < 0.8).to(DEVICE),
     }  # fmt: skip
     given = (features.a, features.b, scorer.output_weight, 9)
-    indices, _ = topk_rows(*given, w0=scorer.b2.reshape(-1), **options)
+    w0 = scorer.b2.detach().reshape(-1) if form == "mlp" else None
+    indices, _ = topk_rows(*given, w0=w0, **options)
     expected = select_tiles(
-        lambda start, stop: scorer.rows(features, start, stop), (2, 2, 18, 40), 9, **options
+        lambda start, stop: scorer.rows(features, start, stop), (2, 2, 10, 40), 9, **options
     ).indices
     # Rounding may swap neighbours whose scores agree to seven digits.
     assert (indices != expected).float().mean() < 0.01, seed
-    case = Case(*given, scorer.b2.reshape(-1).detach(), options, f"seed={seed}")
+    case = Case(*given, w0, options, f"seed={seed}")
     case.check(exact=False)
 
 
@@ -236,8 +247,21 @@ def test_nan_counts_as_infinite_and_infinities_are_ranked() -> None:
     assert scores.flatten().tolist() == [0.0, -2.0, -inf]
 
 
-def test_a_batch_element_alone_gets_the_same_bits() -> None:
-    case = drawn(batch=2, groups=2, valid_keys=None)
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_products_that_are_not_numbers() -> None:
+    """∞·0 is none; the others are ∞, −∞, products and zeros."""
+    nan, inf = math.nan, math.inf
+    where = {"is_causal": False, "offset_tokens": 0, "block": 16, "own": False}
+    a = torch.tensor([[2.0, 0.0], [-1.0, nan]], device=DEVICE).reshape(1, 1, 2, 2)
+    b = torch.tensor([[1.0, 5.0], [-inf, 1.0], [3.0, inf], [inf, 7.0], [-2.0, nan], [0.0, -1.0]])
+    indices, scores = topk_rows(a, b.reshape(1, 1, 6, 2).to(DEVICE), None, 7, **where)
+    assert indices[0, 0].tolist() == [[2, 3, 4, 0, 5, 1, -1], [0, 1, 2, 3, 4, 5, -1]]
+    assert scores[0, 0].tolist() == [[inf, inf, inf, 2.0, 0.0, -inf, -inf], [inf] * 6 + [-inf]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_batch_element_alone_gets_the_same_bits(form: str) -> None:
+    case = drawn(batch=2, groups=2, form=form, valid_keys=None)
     together = case.run()
     case.a, case.b = case.a[1:], case.b[1:]
     for alone, both in zip(case.run(), together, strict=True):
@@ -249,18 +273,19 @@ def test_strides_do_not_matter() -> None:
     expected = case.run()
     case.a = case.a.transpose(1, 2).contiguous().transpose(1, 2)
     case.b = case.b.mT.contiguous().mT
-    case.w = case.w.mT.contiguous().mT
+    case.w = None if case.w is None else case.w.mT.contiguous().mT
     if case.w0 is not None:
         case.w0 = torch.stack((case.w0, case.w0), -1)[:, 0]
     for got, want in zip(case.run(), expected, strict=True):
         assert torch.equal(got, want), case.note
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("level", [1, 2])
-@pytest.mark.parametrize("_", range(4))
-def test_the_two_levels_of_a_search_are_those_of_select_tiles(level: int, _: int) -> None:
+@pytest.mark.parametrize("_", range(3))
+def test_the_two_levels_of_a_search_are_those_of_select_tiles(form: str, level: int, _: int) -> None:
     """Exact sums, so the places must be the same, ties included."""
-    case = drawn(whole=True, own=random.random() < 0.7, nk=random.choice((5, 40, 150)))
+    case = drawn(whole=True, form=form, own=random.random() < 0.7, nk=random.choice((5, 40, 150)))
     rng = random.Random(case.note)
     span, nk, (batch, groups, nq, _hidden) = rng.choice((2, 3, 16)), case.b.shape[2], case.a.shape
     case.options["span"] = span
@@ -282,8 +307,32 @@ def test_the_two_levels_of_a_search_are_those_of_select_tiles(level: int, _: int
     assert torch.equal(case.run()[0], expected), case.note
 
 
-def test_noise_and_weights_of_groups_in_the_tiles_of_runs() -> None:
-    case = drawn(batch=2, groups=2, nq=9, nk=70, hidden=6, k=12, noise=seed_tensor(), temperature=0.4)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_bilinear_search_in_two_levels(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both levels in kernels, of features that a scorer bounds, against the same search without them."""
+    gen = random.Random(seed := random.SystemRandom().getrandbits(32))
+    rng = torch.Generator().manual_seed(seed)
+    monkeypatch.setattr(search, "LEAST_RUNS", 2)
+    scorer = ImportanceScorer(5, 8, form="bilinear").to(DEVICE)
+    nq, nk = 6, 90
+    given = [torch.randint(-3, 4, (1, 2, n, 8), generator=rng).float().to(DEVICE) for n in (nq, nk)]
+    limit = torch.randint(1, 5, (nq,), generator=rng).to(DEVICE)
+    options: dict[str, Any] = {
+        "is_causal": is_causal, "offset_tokens": (nk - nq) * 128 + gen.randrange(128), "block": 128,
+        "temperature": torch.tensor(1.0, device=DEVICE), "sink": gen.random() < 0.5,
+        "valid_keys": (torch.rand(1, nk, generator=rng) < 0.8).to(DEVICE),
+    }  # fmt: skip
+    found = []
+    for fused in (False, True):
+        monkeypatch.setattr(search, "in_one_kernel", lambda *given, fused=fused: fused)
+        found.append(search.two_level_tiles(scorer, Features(*given), 4, limit, **options))
+    assert torch.equal(*found), seed
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_noise_and_groups_in_the_tiles_of_runs(form: str) -> None:
+    size = {"batch": 2, "groups": 2, "nq": 9, "nk": 70, "hidden": 6, "k": 12}
+    case = drawn(form=form, **size, noise=seed_tensor(), temperature=0.4)
     generator = torch.Generator().manual_seed(random.Random(case.note).getrandbits(32))
     runs = torch.rand(2, 2, 9, 5, generator=generator).argsort(-1)[..., :3].int()
     case.options |= {"span": 16, "within": runs.to(DEVICE)}
@@ -346,9 +395,11 @@ def test_what_the_kernel_does_not_serve_is_said_and_refused(monkeypatch: pytest.
     assert why_not(x, x, 2) == "no Triton"
 
 
-def test_a_compiled_graph_chooses_the_same_rows() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_compiled_graph_chooses_the_same_rows(form: str) -> None:
     a, b = (torch.randn(2, 3, n, 8, device=DEVICE) for n in (5, 9))
-    w, tau = torch.randn(8, device=DEVICE), torch.tensor(0.7, device=DEVICE)
+    w = torch.randn(8, device=DEVICE) if form == "mlp" else None
+    tau = torch.tensor(0.7, device=DEVICE)
     seed = torch.tensor([random.getrandbits(60)], device=DEVICE)
     valid = torch.rand(2, 9, device=DEVICE) > 0.3
     options = {"is_causal": True, "offset_tokens": 64, "block": 16, "temperature": tau, "noise": seed}

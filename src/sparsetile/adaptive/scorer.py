@@ -129,9 +129,9 @@ class ImportanceScorer(nn.Module):
         return torch.float64 if self.w_q.dtype == torch.float64 else torch.float32
 
     @property
-    def output_weight(self) -> Tensor:
-        """w₂ of the form ``"mlp"`` as ``[num_heads or 1, hidden]``, in the dtype of the features."""
-        return self._wide(self.w2).reshape(-1, self.hidden_dim)
+    def output_weight(self) -> Tensor | None:
+        """w₂ of the form ``"mlp"``, ``[num_heads or 1, hidden]`` in the features' dtype; others: None."""
+        return self._wide(self.w2).reshape(-1, self.hidden_dim) if self.form == "mlp" else None
 
     def features(self, q: Tensor, k: Tensor) -> Features:
         """The halves of all scores of query tiles with summaries ``q`` ``[B, G, nq, d]`` and key tiles with
@@ -169,8 +169,12 @@ class ImportanceScorer(nn.Module):
                 for j in range(gates.shape[-1]):
                     score = score + (a[..., j, :] @ b[..., j, :].mT).relu() * gates[..., j, None]
                 return score
-            weight = self.output_weight.mT[..., None, None]
-            return _mlp_rows(a, b.mT.contiguous(), weight) + self._wide(self.b2)[..., None, None]
+            weight = self.output_weight
+            assert weight is not None
+            return (
+                _mlp_rows(a, b.mT.contiguous(), weight.mT[..., None, None])
+                + self._wide(self.b2)[..., None, None]
+            )
 
     def pairs(self, features: Features, column: Tensor, *, dropped: bool = True) -> Tensor:
         """Scores of a few key tiles of each query tile, with gradient to features and parameters, in
@@ -187,9 +191,8 @@ class ImportanceScorer(nn.Module):
         if self._in_one_kernel(features, dropped):
             from sparsetile.kernels.triton_pairs import pair_scores
 
-            return pair_scores(
-                features.a, features.b, self.output_weight, self._wide(self.b2).view(-1), column
-            )
+            shift = self._wide(self.b2).view(-1) if self.form == "mlp" else None
+            return pair_scores(features.a, features.b, self.output_weight, shift, column)
         batch, groups, nk, _ = features.b.shape
         line = torch.arange(batch * groups, device=column.device).view(batch, groups, 1, 1)
         # F.embedding, because its backward adds in a fixed order; that of plain indexing uses atomics.
@@ -211,11 +214,13 @@ class ImportanceScorer(nn.Module):
     def _in_one_kernel(self, features: Features, dropped: bool) -> bool:
         """Whether a Triton kernel serves :meth:`pairs`: on a GPU, where nobody wants a gradient."""
         a = features.a
-        if self.form != "mlp" or not a.is_cuda or a.dtype != torch.float32 or torch.compiler.is_compiling():
+        if not a.is_cuda or a.dtype != torch.float32 or torch.compiler.is_compiling():
+            return False
+        if self.form == "indexer":
             return False
         if self.training and dropped and self.dropout > 0.0:
             return False
-        leaves = (a, features.b, self.w2, self.b2)
+        leaves = (a, features.b, self.w2, self.b2) if self.form == "mlp" else (a, features.b)
         differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
         return not differentiable and device_problem(a.device, "features") is None
 

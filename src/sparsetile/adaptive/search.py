@@ -72,8 +72,8 @@ def two_level_tiles(
     A row that lies astride two key tiles keeps the first of them as its own, and never the second.
 
     Args:
-        features: of all query and key tiles; those of the form ``"mlp"`` go through one Triton kernel a level
-            on a GPU.
+        features: of all query and key tiles; on a GPU those of the forms ``"mlp"`` and ``"bilinear"`` go
+            through one Triton kernel a level.
         k: places of a row.
         limit: integers ``[nq]``: places that each row may use, at most k.
         is_causal, offset_tokens, block, temperature, noise, sink, valid_keys: as for :func:`select_tiles`.
@@ -134,8 +134,9 @@ def bounds_of_runs(scorer: ImportanceScorer, features: Features, padding: Tensor
     both = tile_summaries(features.b, SPAN, pooling="max_min", padding=padding)
     most, least = both.chunk(2, -1)
     a, gates = features.a, features.gates
-    if scorer.form == "mlp":
-        return Features(a, torch.where(scorer.output_weight[:, None] > 0.0, most, least))
+    weight = scorer.output_weight
+    if weight is not None:
+        return Features(a, torch.where(weight[:, None] > 0.0, most, least))
     if scorer.form == "bilinear":
         return Features(torch.cat((a.clamp(min=0.0), a.clamp(max=0.0)), -1), both)
     assert gates is not None
@@ -154,4 +155,4 @@ def in_one_kernel(scorer: ImportanceScorer, features: Features, places: int) -> 
     order in which a score's terms are added."""
     a = features.a
     serves = a.device.type == "cuda" and a.dtype == torch.float32 and places <= MOST_KEPT
-    return serves and scorer.form == "mlp"
+    return serves and scorer.form in ("mlp", "bilinear")

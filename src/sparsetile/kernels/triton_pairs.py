@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-"""An MLP scorer's scores of a few key tiles of each query tile, without the gathered features in memory."""
+"""Scores of a few key tiles of each query tile, MLP or bilinear, without the gathered features in memory."""
 
 from __future__ import annotations
 
@@ -21,33 +21,42 @@ def pairs_kernel(
     H: tl.constexpr, BLOCK_H: tl.constexpr, ENTRIES: tl.constexpr,
 ):
     # fmt: on
-    """``scores[e] = shift + Σ_h w_h·ReLU(a[row of e, h] + b[column of e, h])`` for ENTRIES entries."""
+    """``scores[e] = shift + Σ_h w_h·ReLU(a[row of e, h] + b[column of e, h])`` for ENTRIES entries; without
+    weights and shift ``Σ_h a[row of e, h]·b[column of e, h]``."""
     entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     known = entry < count
     row = entry // places
     line = row // nq
     group = line % groups
     tile = line * nk + tl.load(column + entry, mask=known, other=0)
-    score = tl.load(shift + group * sshift_g, mask=known, other=0.0)
+    if shift is not None:
+        score = tl.load(shift + group * sshift_g, mask=known, other=0.0)
+    else:
+        score = tl.zeros([ENTRIES], tl.float32)
     hidden = tl.arange(0, BLOCK_H)
     keep = known[:, None] & (hidden < H)[None, :]
-    x = tl.load(a + row[:, None] * H + hidden[None, :], mask=keep, other=0.0)
-    x += tl.load(b + tile[:, None] * H + hidden[None, :], mask=keep, other=0.0)
-    weight = tl.load(w + group[:, None] * sw_g + hidden[None, :], mask=keep, other=0.0)
-    score += tl.sum(weight * tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL), 1)
+    of_row = tl.load(a + row[:, None] * H + hidden[None, :], mask=keep, other=0.0)
+    of_key = tl.load(b + tile[:, None] * H + hidden[None, :], mask=keep, other=0.0)
+    if w is not None:
+        weight = tl.load(w + group[:, None] * sw_g + hidden[None, :], mask=keep, other=0.0)
+        terms = weight * tl.maximum(of_row + of_key, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        terms = of_row * of_key
+    score += tl.sum(terms, 1)
     tl.store(scores + entry, score, mask=known)
 
 
-def pair_scores(a: Tensor, b: Tensor, w: Tensor, shift: Tensor, column: Tensor) -> Tensor:
+def pair_scores(a: Tensor, b: Tensor, w: Tensor | None, shift: Tensor | None, column: Tensor) -> Tensor:
     """Scores ``[B, G, nq, n]`` of the key tiles ``column``, without gradient.
 
     Args:
         a, b: ``[B, G, nq, h]`` and ``[B, G, nk, h]``, fp32: the features of query and key tiles.
-        w, shift: ``[G or 1, h]`` and ``[G or 1]``, fp32: the output layer.
+        w, shift: ``[G or 1, h]`` and ``[G or 1]``, fp32: the MLP's output layer; both None: bilinear.
         column: int64 ``[B, G, nq, n]``, all in range.
     """
     _, groups, nq, hidden = a.shape
-    a, b, w, shift, column = (x.contiguous() for x in (a, b, w, shift, column))
+    a, b, column = a.contiguous(), b.contiguous(), column.contiguous()
+    w, shift = (None if x is None else x.contiguous() for x in (w, shift))
     scores = torch.empty(column.shape, dtype=torch.float32, device=a.device)
     block = triton.next_power_of_2(hidden)
     entries = max(1, _VALUES // block)
@@ -65,8 +74,8 @@ def pair_scores(a: Tensor, b: Tensor, w: Tensor, shift: Tensor, column: Tensor) 
             nq,
             b.shape[2],
             groups,
-            hidden if w.shape[0] > 1 else 0,
-            1 if shift.numel() > 1 else 0,
+            hidden if w is not None and w.shape[0] > 1 else 0,
+            1 if shift is not None and shift.numel() > 1 else 0,
             H=hidden,
             BLOCK_H=block,
             ENTRIES=entries,

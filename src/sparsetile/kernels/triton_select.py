@@ -1,7 +1,7 @@
 """Which key tiles each query tile keeps, scored and chosen in one Triton kernel: nothing is ``[nq, nk]``.
 
-The choice that ``adaptive.select.select_tiles`` makes of an MLP scorer's rows, up to the rounding of the
-scores. Triton is imported on the first call.
+The choice that ``adaptive.select.select_tiles`` makes of an MLP's or a bilinear scorer's rows, up to the
+rounding of the scores. Triton is imported on the first call.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def why_not(a: Tensor, b: Tensor, k: int, *, own: bool = True) -> str | None:
 def topk_rows(
     a: Tensor,
     b: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     k: int,
     *,
     w0: Tensor | None = None,
@@ -53,7 +53,8 @@ def topk_rows(
     span: int = 1,
     within: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k key tiles that each query tile keeps, by s(i, j) = w0 + Σ_h w_h·ReLU(a_ih + b_jh).
+    """The k key tiles that each query tile keeps, by s(i, j) = w0 + Σ_h w_h·ReLU(a_ih + b_jh), or without
+    weights by s(i, j) = w0 + Σ_h a_ih·b_jh.
 
     Rows, reach, own tile, sink, noise and order are those of ``adaptive.select.select_tiles``: place 0 is the
     own tile's (−1 if it is not allowed), key tile 0 follows if ``sink``, then all others by falling s (with
@@ -61,10 +62,10 @@ def topk_rows(
     order, and two calls give the same bits. Memory besides the outputs: none; no host sync.
 
     Args:
-        a: ``[B, G, nq, h]``, the query tiles' half with b₁; fp16, bf16 or fp32. Fastest if h is a
-            multiple of 4.
+        a: ``[B, G, nq, h]``, the query tiles' half (with the MLP's b₁); fp16, bf16 or fp32. Fastest if h is
+            a multiple of 4.
         b: ``[B, G, nk, h]``, the key tiles' half, of a's dtype.
-        w: ``[h]``, ``[1, h]`` or ``[G, h]``: the output weights, any floating dtype.
+        w: ``[h]``, ``[1, h]`` or ``[G, h]``: the MLP's output weights, any floating dtype; None: bilinear.
         k: places of a row, ≥ 1; may exceed nk, but not ``MOST_KEPT`` besides the own tile.
         w0: one value or ``[G]``: the output bias. It changes no choice, only the scores returned.
         is_causal, offset_tokens (k_len − q_len), block: where the rows stand.
@@ -110,7 +111,7 @@ def topk_rows(
 def chosen_rows(
     a: Tensor,
     b: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     k: int,
     *,
     is_causal: bool,
@@ -149,7 +150,7 @@ def chosen_rows(
 def _operator(
     a: Tensor,
     b: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     k: int,
     is_causal: bool,
     offset_tokens: int,
@@ -179,14 +180,14 @@ def _operator(
 
 
 @_operator.register_fake
-def _(a: Tensor, b: Tensor, w: Tensor, k: int, *settings: object) -> Tensor:
+def _(a: Tensor, b: Tensor, w: Tensor | None, k: int, *settings: object) -> Tensor:
     return a.new_empty((*a.shape[:3], k), dtype=torch.int32)
 
 
 def launch(
     a: Tensor,
     b: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     w0: Tensor | None,
     temperature: float | Tensor,
     noise: Tensor | None,
@@ -214,7 +215,7 @@ def launch(
         b, within = b.mT.contiguous().mT, within.to(torch.int32).contiguous()
     elif b.stride(-1) != 1:
         b = b.contiguous()
-    w = w.reshape(-1, hidden).contiguous()
+    w = None if w is None else w.reshape(-1, hidden).contiguous()
     w0 = None if w0 is None else w0.reshape(-1)
     tau = temperature.reshape(-1) if isinstance(temperature, Tensor) and noise is not None else None
     runs = 0 if within is None else within.shape[-1]
@@ -295,7 +296,7 @@ def _check_runs(a: Tensor, span: object, within: Tensor | None) -> None:
 def _check(
     a: Tensor,
     b: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     k: object,
     w0: Tensor | None,
     block: object,
@@ -312,8 +313,9 @@ def _check(
     if min(*a.shape, b.shape[2]) < 1:
         refuse("a and b", "no empty dimension", f"{list(a.shape)}, nk = {b.shape[2]}", "Skip empty calls.")
     groups, hidden = a.shape[1], a.shape[3]
-    if tuple(w.shape) not in ((hidden,), (1, hidden), (groups, hidden)) or not w.dtype.is_floating_point:
-        expected = f"[{hidden}], [1, {hidden}] or [{groups}, {hidden}] of a floating dtype"
+    shapes = ((hidden,), (1, hidden), (groups, hidden))
+    if w is not None and (tuple(w.shape) not in shapes or not w.dtype.is_floating_point):
+        expected = f"None, or [{hidden}], [1, {hidden}] or [{groups}, {hidden}] of a floating dtype"
         refuse("w", expected, f"{list(w.shape)} of {w.dtype}", "Pass ImportanceScorer.output_weight.")
     if w0 is not None and (w0.numel() not in (1, groups) or not w0.dtype.is_floating_point):
         refuse(

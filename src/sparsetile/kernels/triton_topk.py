@@ -72,12 +72,6 @@ def quarters(x, A: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def term(score, x, w):
-    """``score + w·ReLU(x)``; NaN stays NaN."""
-    return score + w * tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def load_four(base, at, hidden, H: tl.constexpr):
     """Four values of the hidden dimension from ``base + at``; 0 past H."""
     if H % 4 == 0:
@@ -89,7 +83,7 @@ def load_four(base, at, hidden, H: tl.constexpr):
 
 @triton.jit
 def weight_at(w, hidden, H: tl.constexpr):
-    """One output weight, 0 past H."""
+    """One output weight, 0 past H if that is no multiple of 4."""
     if H % 4 == 0:
         x = tl.load(w + hidden)
     else:
@@ -98,10 +92,23 @@ def weight_at(w, hidden, H: tl.constexpr):
 
 
 @triton.jit
+def term(score, of_row, of_key, w, hidden, H: tl.constexpr):
+    """``score`` and what one hidden unit adds: w·ReLU(a + b), or a·b if w is None; NaN stays NaN. H is asked
+    only whether it is a multiple of 4: ``weight_at``."""
+    if w is None:
+        score += of_row * of_key
+    else:
+        x = of_row + of_key
+        score += weight_at(w, hidden, H) * tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return score
+
+
+@triton.jit
 def tile_scores(
     a, row_at, b, col_at, w, ROWS: tl.constexpr, SLOTS: tl.constexpr, LANES: tl.constexpr, H: tl.constexpr
 ):
-    """Σ_h w_h·ReLU(a_h + b_h), fp32 ``[SLOTS, ROWS, LANES]``: rows at ``row_at``, keys at ``col_at``."""
+    """Σ_h w_h·ReLU(a_h + b_h), or Σ_h a_h·b_h if w is None, fp32 ``[SLOTS, ROWS, LANES]``: rows at
+    ``row_at``, keys at ``col_at``."""
     score = tl.zeros([SLOTS, ROWS, LANES], tl.float32)
     four = tl.arange(0, 4)
     for first in range(0, H, 4):
@@ -110,10 +117,10 @@ def tile_scores(
         of_key = load_four(b, col_at[:, :, None] + hidden[None, None, :], hidden[None, None, :], H)
         a0, a1, a2, a3 = quarters(of_row, ROWS, 0)
         b0, b1, b2, b3 = quarters(of_key, SLOTS, LANES)
-        score = term(score, a0[None, :, None] + b0[:, None, :], weight_at(w, first, H))
-        score = term(score, a1[None, :, None] + b1[:, None, :], weight_at(w, first + 1, H))
-        score = term(score, a2[None, :, None] + b2[:, None, :], weight_at(w, first + 2, H))
-        score = term(score, a3[None, :, None] + b3[:, None, :], weight_at(w, first + 3, H))
+        score = term(score, a0[None, :, None], b0[:, None, :], w, first, H)
+        score = term(score, a1[None, :, None], b1[:, None, :], w, first + 1, H)
+        score = term(score, a2[None, :, None], b2[:, None, :], w, first + 2, H)
+        score = term(score, a3[None, :, None], b3[:, None, :], w, first + 3, H)
     return score
 
 
@@ -139,7 +146,7 @@ def gathered_scores(
     for hidden in range(H):
         of_row = tl.load(a + row_at + hidden).to(tl.float32)
         of_key = tl.load(b + col).to(tl.float32)
-        score = term(score, of_row[None, :, None] + of_key, tl.load(w + hidden).to(tl.float32))
+        score = term(score, of_row[None, :, None], of_key, w, hidden, 4)
         b += sb_h
     return score
 
@@ -149,8 +156,8 @@ def single_scores(a, row_at, b, col_at, sb_h, w, ROWS: tl.constexpr, H: tl.const
     """As ``tile_scores``, of one key a row, fp32 ``[ROWS]``, added in the same order."""
     score = tl.zeros([ROWS], tl.float32)
     for hidden in range(H):
-        x = tl.load(a + row_at + hidden).to(tl.float32) + tl.load(b + col_at).to(tl.float32)
-        score = term(score, x, tl.load(w + hidden).to(tl.float32))
+        of_row, of_key = tl.load(a + row_at + hidden).to(tl.float32), tl.load(b + col_at).to(tl.float32)
+        score = term(score, of_row, of_key, w, hidden, 4)
         b += sb_h
     return score
 
@@ -225,7 +232,8 @@ def topk_rows(
     group = (line % groups).to(tl.int64)
     a += batch * sa_b + group * sa_g
     b += batch * sb_b + group * sb_g
-    w += group * sw_g
+    if w is not None:
+        w += group * sw_g
     base = 0.0
     if shift is not None:
         base = tl.load(shift + group * sshift_g).to(tl.float32)
