@@ -13,7 +13,7 @@ from sparsetile.adaptive.places import Places
 from sparsetile.adaptive.scorer import ImportanceScorer
 from sparsetile.adaptive.search import in_one_kernel, two_level_tiles
 from sparsetile.adaptive.seen import Seen
-from sparsetile.adaptive.select import at_most, select_tiles
+from sparsetile.adaptive.select import at_most, reach, select_tiles
 from sparsetile.kernels.triton_select import chosen_rows
 from sparsetile.patterns.budget import tiles_for
 
@@ -40,9 +40,17 @@ def choose_tiles(
     most = config.places_for(nk)
     options: dict[str, Any] = {}
     if config.selection == "top_k":
-        limit = tiles_for(config.density, last + 1)
+        whole = last
+        if seen.astride:
+            # How far the last row would reach with all of its queries: where the sequence ends is no business
+            # of those that it has.
+            offset = seen.k_len - seen.q_len
+            whole = reach(
+                nq, nk + 1, is_causal=True, offset_tokens=offset, block=seen.block, device=own.device
+            )
+        limit = tiles_for(config.density, whole + 1)
         # The second tile of a row that lies astride counts, and is added below.
-        options["limit"] = (limit - (own < last).long()).clamp(min=1) if seen.astride else limit
+        options["limit"] = (limit - (own < whole).long()).clamp(min=1) if seen.astride else limit
     else:
         options |= {"top_p": config.p, "k_min": min(config.k_min, most)}
     column = torch.arange(nk, device=own.device)
