@@ -2,6 +2,7 @@
 
 from sparsetile.distributed.attention import distributed_attention
 from sparsetile.distributed.config import DistributedSparseConfig
+from sparsetile.distributed.hooks import compress_gradients
 from sparsetile.distributed.plan import Plan, make_plan
 from sparsetile.distributed.sequence import shard_sequence, unshard_sequence
 from sparsetile.distributed.sharding import Sharding
@@ -10,6 +11,7 @@ __all__ = [
     "DistributedSparseConfig",
     "Plan",
     "Sharding",
+    "compress_gradients",
     "distributed_attention",
     "make_plan",
     "shard_sequence",

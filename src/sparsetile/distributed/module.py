@@ -24,7 +24,8 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention
     Args:
         segment_lengths, dilation_rates, sparse_config, sparsity_ratio, scale, dropout, backend: as for
             :class:`BlockSparseRingDilatedAttention`.
-        distributed_config: memory, and how gradients travel (:func:`sparsetile.distributed.register_hook`).
+        distributed_config: memory; and how gradients travel between data-parallel ranks, once
+            :func:`sparsetile.distributed.compress_gradients` gives it to a DistributedDataParallel model.
         group: process group, one-dimensional DeviceMesh, or None: the default group at the time of a call.
         order: ``"contiguous"`` or ``"balanced"``, see :meth:`sharding_for`.
 
