@@ -2,7 +2,8 @@
 
 A process of its own, without ``TRITON_INTERPRET``: the interpreter replaces kernels when they are imported.
 Reads a list of cases ``[kernel, head_dim, dtype, target, options]`` and prints, one JSON line a case,
-registers, spilled bytes and shared memory as the target's own tools count them.
+registers, spilled bytes and shared memory as the target's own tools count them; for NVIDIA's GPUs also how
+many instructions inside loops load or store what was spilled.
 """
 
 from __future__ import annotations
@@ -138,15 +139,36 @@ def usage(binary: Any, target: str) -> dict[str, int]:
             for name in ("vgpr_count", "vgpr_spill_count")
         }
         return {"registers": count["vgpr_count"], "spilled": 4 * count["vgpr_spill_count"], "shared": shared}
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    commands = [str(tools / "cuobjdump"), "--dump-resource-usage"], [str(tools / "nvdisasm"), "-c"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text, code = (
+            subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+            for command in commands
+        )
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found is not None, text
-    return {"registers": int(found[1]), "spilled": int(found[2]), "shared": shared}
+    counts = {"registers": int(found[1]), "spilled": int(found[2]), "shared": shared}
+    return counts | {"spills_in_loops": spills_in_loops(code)}
+
+
+def spills_in_loops(code: str) -> int:
+    """Loads and stores of local memory between the target of a jump back and the jump, in what ``nvdisasm``
+    prints. Outside of loops a spill costs little: ptxas parks values there to fit one more block on an SM."""
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(lines)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+            lines.append(instruction[1])
+    assert any("EXIT" in line for line in lines), code[:1000]
+    jumps = [(re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line), at) for at, line in enumerate(lines)]
+    loops = [(labels[jump[1]], at) for jump, at in jumps if jump is not None and labels[jump[1]] <= at]
+    local = [at for at, line in enumerate(lines) if re.search(r"\b(LDL|STL)\b", line)]
+    return sum(any(first <= at <= last for first, last in loops) for at in local)
 
 
 def main() -> None:

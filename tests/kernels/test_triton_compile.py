@@ -136,3 +136,21 @@ def test_selection_fits_and_does_not_spill() -> None:
     )
     assert_fit(results)
     assert not [r for r in results if r["spilled"]], results
+
+
+def test_bilinear_selection_does_not_spill_in_a_loop() -> None:
+    featured = {"featured": True, "bilinear": True}
+    results = compile_all(
+        [
+            ["topk", 32, "float32", "sm_90", {"k": 16, "bilinear": True}],
+            ["topk", 64, "float32", "sm_90", {"k": 32, "bilinear": True}],
+            ["topk", 64, "float32", "sm_90", {"k": 32, **featured}],
+            ["topk", 32, "bfloat16", "sm_80", {"k": 32, **featured}],
+            ["topk", 64, "float32", "sm_80", {"k": 16, **featured}],
+            ["topk", 128, "float32", "sm_90", {"k": 32, "level": 1, "bilinear": True}],
+            ["topk", 64, "float32", "sm_90", {"k": 32, "level": 2, "bilinear": True}],
+            ["topk", 64, "float32", "sm_80", {"k": 32, "level": 2, **featured}],
+        ]
+    )
+    assert_fit(results)
+    assert not [r for r in results if r["spills_in_loops"] or r["spilled"] > 64], results
