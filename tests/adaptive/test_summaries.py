@@ -133,6 +133,22 @@ def test_means_beside_have_the_gradient_of_both_uses(first, attended):
     assert torch.equal(means, x[:, :, ::8] if first else tile_summaries(x, 8))
 
 
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_means_beside_of_a_sum_and_twice(tokens):
+    x = torch.randn(1, 2, 37, 3, dtype=torch.float64, requires_grad=True)
+
+    def summed(x):  # the gradient of a sum is one number in memory
+        y, means = means_beside(x * 1.0, 16, tokens)
+        return y.sum() + means.pow(3).sum()
+
+    def cubed(x):
+        y, means = means_beside(x * 1.0, 16, tokens)
+        return y**3, means**3
+
+    assert torch.autograd.gradcheck(summed, x)
+    assert torch.autograd.gradgradcheck(cubed, x)
+
+
 def test_means_beside_take_no_memory_for_their_gradient():
     x = torch.randn(1, 2, 64, 4, requires_grad=True)
     kept = []

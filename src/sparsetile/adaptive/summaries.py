@@ -112,10 +112,14 @@ class _Beside(torch.autograd.Function):
         block, length = ctx.block, ctx.shape[2]
         if grad is None:
             grad = of_means.new_zeros(ctx.shape, dtype=ctx.dtype)
+        elif any(step == 0 and size > 1 for step, size in zip(grad.stride(), grad.shape, strict=True)):
+            grad = grad.contiguous()  # one place in memory for several elements, as of a sum: not to write to
         if ctx.tokens == 1:
             grad[:, :, ::block] += of_means
             return grad, None, None
         served = grad.is_cuda and grad.dtype != torch.float64 and grad.stride(-1) == 1
+        # A kernel's sum would have no second derivative.
+        served = served and not torch.is_grad_enabled()
         if served and device_problem(grad.device, "gradients") is None:
             from sparsetile.kernels.triton_spread import add_means
 

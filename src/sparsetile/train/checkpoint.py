@@ -84,7 +84,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
                 "checkpoint",
                 expected="a file that sparsetile train wrote",
                 got=f"{path}: {what}",
-                fix="Name another file with --checkpoint, or leave out --resume to start anew.",
+                fix="Name another file; to train anew, leave out --resume.",
             )
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
