@@ -7,7 +7,7 @@ import torch
 
 from processes import run_ranks
 from sparsetile.distributed import Sharding, shard_sequence, unshard_sequence
-from sparsetile.errors import ArgumentError
+from sparsetile.errors import ArgumentError, MismatchError
 
 
 def both_ways(rank: int, world: int, length: int) -> None:
@@ -46,6 +46,22 @@ def twice(rank: int, world: int) -> None:
 
 def test_second_derivatives() -> None:
     run_ranks(twice, 2)
+
+
+def unlike(rank: int, world: int) -> list[str]:
+    where = Sharding.contiguous(40, world, 16)
+    count = where.tokens_of(rank)
+    found = []
+    for shape in ((count - rank, 2), (count, 2 + rank)):
+        with pytest.raises(MismatchError, match="rank 1") as raised:
+            unshard_sequence(torch.zeros(shape), 0, where)
+        found.append(str(raised.value))
+    return found
+
+
+def test_ranks_that_pass_something_else_all_raise_the_same() -> None:
+    first, second = run_ranks(unlike, 2)
+    assert first == second
 
 
 def test_bad_arguments_say_what_fits() -> None:

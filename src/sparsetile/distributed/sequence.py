@@ -48,10 +48,24 @@ def unshard_sequence(x: Tensor, dim: int, sharding: Sharding, group: object = No
         sequence, count once.
 
     Raises:
-        ArgumentError: as :func:`shard_sequence`.
+        ArgumentError: as :func:`shard_sequence`, where all ranks make the same mistake.
+        MismatchError: ranks differ in what they pass; the same on every rank.
+        RankLostError: a rank did not take part.
     """
-    ranks = _fitting(sharding, group)
-    dim = _dimension(x, dim, sharding.tokens_of(ranks.rank), "unshard_sequence(x)")
+    ranks = Ranks.of(group)
+    problem: ArgumentError | None = None
+    facts: dict[str, object] = {}
+    try:
+        ranks = _fitting(sharding, group)
+        count = sharding.tokens_of(ranks.rank)
+        dim = _dimension(x, dim, count, "unshard_sequence(x)")
+        others = [*x.shape[:dim], *x.shape[dim + 1 :]]
+        facts = {"sharding": sharding, "dim": dim, "other sizes": others, "dtype": x.dtype}
+    except ArgumentError as error:
+        problem = error
+    ranks.agree(facts, 0, problem)
+    if problem is not None:  # without a group nobody else waits
+        raise problem
     whole: Tensor = _Unshard.apply(x, dim, sharding, ranks)  # type: ignore[no-untyped-call]
     return whole
 
