@@ -75,3 +75,15 @@ def test_too_small_a_model():
 def test_whole():
     (bucket,) = cut([("w", torch.empty(1001, device="meta"))], 4, 1.0, 10**6, 32)
     assert bucket.kept == bucket.length == 251 and bucket.whole_bytes == 3 * 4 * 251
+
+
+def test_a_last_bucket_that_is_too_small_joins_the_one_before() -> None:
+    # From the last parameter to the first: one that holds, a small one that just does, and crumbs.
+    crumbs = [(f"crumb{i}", torch.empty(1, device="meta")) for i in range(4)]
+    parameters = [
+        *crumbs,
+        ("small", torch.empty(43, device="meta")),
+        ("big", torch.empty(5000, device="meta")),
+    ]
+    (bucket,) = cut(parameters, 7, 0.37, 4 * 43, 64)
+    assert bucket.names[0] == "big" and len(bucket.names) == 6 and bucket.kept >= 1

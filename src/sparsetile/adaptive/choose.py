@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetile.adaptive.config import AdaptiveConfig
+from sparsetile.adaptive.config import PLACES_PER_BUDGET, AdaptiveConfig
 from sparsetile.adaptive.places import Places
 from sparsetile.adaptive.scorer import ImportanceScorer
 from sparsetile.adaptive.search import in_one_kernel, two_level_tiles
@@ -39,20 +39,22 @@ def choose_tiles(
     own, last = seen.own, seen.reach
     most = config.places_for(nk)
     options: dict[str, Any] = {}
+    whole = last
+    if seen.astride:
+        # How far the last row would reach with all of its queries: where the sequence ends is no business of
+        # those that it has.
+        offset = seen.k_len - seen.q_len
+        whole = reach(nq, nk + 1, is_causal=True, offset_tokens=offset, block=seen.block, device=own.device)
     if config.selection == "top_k":
-        whole = last
-        if seen.astride:
-            # How far the last row would reach with all of its queries: where the sequence ends is no business
-            # of those that it has.
-            offset = seen.k_len - seen.q_len
-            whole = reach(
-                nq, nk + 1, is_causal=True, offset_tokens=offset, block=seen.block, device=own.device
-            )
         limit = tiles_for(config.density, whole + 1)
         # The second tile of a row that lies astride counts, and is added below.
         options["limit"] = (limit - (own < whole).long()).clamp(min=1) if seen.astride else limit
     else:
         options |= {"top_p": config.p, "k_min": min(config.k_min, most)}
+        if seen.is_causal and config.k_max is None:
+            # Of its own past: a row's bound knows nothing of how long the sequence is.
+            bound = PLACES_PER_BUDGET * tiles_for(config.density, whole + 1)
+            options["limit"] = bound.clamp(min=config.k_min)
     column = torch.arange(nk, device=own.device)
     # The own tile of a causal row holds what comes after its first query, so its score counts for nothing.
     # Where its mass is asked for, by top_p, it passes for a tile on the verge; the second tile of a row that

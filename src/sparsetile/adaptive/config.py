@@ -16,7 +16,7 @@ SELECTIONS = ("top_k", "top_p")
 QUERY_SUMMARIES = ("auto", "tile", "first")
 DISTILLATIONS = ("none", "kept", "sampled")
 SEARCHES = ("auto", "full", "two_level")
-_PLACES_PER_BUDGET = 4
+PLACES_PER_BUDGET = 4
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class AdaptiveConfig:
         selection: ``"top_k"``: a fixed number of tiles a row; ``"top_p"``: tiles until their predicted mass
             reaches ``p``, at least ``k_min`` and at most ``k_max``.
         p: in (0, 1].
-        k_min, k_max: bounds of ``"top_p"``, in tiles; ``k_max=None``: four times what base_sparsity keeps.
+        k_min, k_max: bounds of ``"top_p"``, in tiles; ``k_max=None``: four times what base_sparsity keeps of
+            the row.
         sink: the first tile is always kept, too.
         exploration: Gumbel noise in the selection while training, so that tiles just below the cut are seen.
         min_temperature: where :meth:`anneal` ends; None: a tenth of ``temperature``.
@@ -193,7 +194,7 @@ class AdaptiveConfig:
             return self.tiles_for(count)
         if self.k_max is not None:
             return min(self.k_max, count)
-        return min(max(_PLACES_PER_BUDGET * self.tiles_for(count), self.k_min), count)
+        return min(max(PLACES_PER_BUDGET * self.tiles_for(count), self.k_min), count)
 
     def search_for(self, count: int) -> Literal["full", "two_level"]:
         """How a call with ``count`` key tiles looks for those that it keeps."""

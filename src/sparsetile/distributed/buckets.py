@@ -104,6 +104,9 @@ def cut(
             joined[-1].extend(group)
         else:
             joined.append(group)
+    # The last one has no neighbour behind it, and what joined it may have brought more states than entries.
+    while len(joined) > 1 and _kept(joined[-1], ranks, ratio) < 1:
+        joined[-2].extend(joined.pop())
     buckets = []
     for group in joined:
         names, sizes = zip(*group, strict=True)

@@ -27,8 +27,9 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def why_not(q: Tensor, k: Tensor, v: Tensor, request: Request) -> str | None:
     """None if this backend serves the call, else one sentence that says why not."""
     if not q.is_cpu:
-        # Nothing of the device: every call on a GPU comes by here, and its text would take a microsecond.
-        return "it computes on the CPU and the tensors are elsewhere."
+        # Its type is text already; that of a whole device takes a microsecond, and every call on a GPU
+        # comes by here.
+        return f"it computes on the CPU and the tensors are on {q.device.type!r}."
     if request.layout.device.type != "cpu":
         return f"it computes on the CPU and the layout is on {request.layout.device}."
     if q.dtype not in _DTYPES:
