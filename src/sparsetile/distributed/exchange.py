@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -55,12 +56,17 @@ class Exchange:
         self.batch, self.kv_heads, tokens, self.dim = k.shape
         self.dtype, self.device = k.dtype, k.device
         rest = -tokens % block
-        both = F.pad(torch.stack((k, v)), (0, 0, 0, rest))
-        # [tiles, Hkv, 2, B, block, D], a view
-        self.tiles = torch.unflatten(both, 3, (-1, block)).permute(3, 2, 0, 1, 4, 5)
+        self.k, self.v, self.count = k, v, (tokens + rest) // block
         self.mask = None
         if mask is not None:
             self.mask = torch.unflatten(F.pad(mask, (0, rest), value=True), 1, (-1, block)).transpose(0, 1)
+
+    @cached_property
+    def tiles(self) -> Tensor:
+        """``[tiles, Hkv, 2, B, block, D]``: a copy, made when something is first sent. Backward over kept
+        tiles sends none of them."""
+        both = F.pad(torch.stack((self.k, self.v)), (0, 0, 0, -self.k.shape[2] % self.block))
+        return torch.unflatten(both, 3, (-1, self.block)).permute(3, 2, 0, 1, 4, 5)
 
     def start(self, number: int) -> _Arriving | None:
         """Begins the exchange of a stage; None past the last one. Collective."""
@@ -149,7 +155,8 @@ class Exchange:
     def zeros(self) -> Tensor:
         """``[tiles, Hkv, 2, B, block, D]`` in fp32 (float64 for float64 inputs)."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return torch.zeros(self.tiles.shape, dtype=wide, device=self.device)
+        size = (self.count, self.kv_heads, 2, self.batch, self.block, self.dim)
+        return torch.zeros(size, dtype=wide, device=self.device)
 
     def _together(self, stage: Stage) -> bool:
         return self.kv_heads == 1 or stage.tiles.shape[0] == 1
