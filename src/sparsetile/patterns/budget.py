@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sparsetile.errors import PatternError, explain
 from sparsetile.patterns import preference
-from sparsetile.patterns.base import Pattern
 from sparsetile.patterns.branches import segments_of
-from sparsetile.patterns.parameters import floor, integer, resolved_unit, truth, unresolved
+from sparsetile.patterns.parameters import floor, integer, truth
 from sparsetile.patterns.preference import Kept, Rows
+from sparsetile.patterns.sized import Sized
 from sparsetile.patterns.tiles import Grid, Key, Span, State, Tiles
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _WITH_GLOBALS = ("global_local", "ultra_sparse")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Budget(Pattern):
+class Budget(Sized):
     """Whole tiles, ``m = max(1, ⌊density·T + ½⌋)`` of them in each row, its own always among them.
 
     A row is a tile of queries, counted by position: position ``p`` belongs to tile ``p // block`` (to the
@@ -79,6 +79,8 @@ class Budget(Pattern):
     dilation_rates: tuple[int, ...] | None = None
     block: int | None = None
     k_blocks: int | None = None
+    _needs_number = "A budget is a share of the key tiles, so it needs their number."
+    _needs_tiles = "its budget is a share of the tiles of a layout"
 
     def __post_init__(self) -> None:
         check_kind("Budget(kind)", self.kind)
@@ -96,45 +98,9 @@ class Budget(Pattern):
         elif self.segment_lengths is not None or self.dilation_rates is not None:
             given = (self.segment_lengths, self.dilation_rates)
             raise _no_effect("Budget(segment_lengths, dilation_rates)", self.kind, given, ("dilated_sparse",))
-        if (self.block is None) != (self.k_blocks is None):
-            raise PatternError(
-                explain(
-                    "Budget(block, k_blocks)",
-                    expected="both, or neither",
-                    got=f"block={self.block}, k_blocks={self.k_blocks}",
-                    fix="Leave both out: the layout fills them in.",
-                )
-            )
-        if self.block is not None:
-            integer("Budget", "block", self.block, 1)
-            integer("Budget", "k_blocks", self.k_blocks, 1)
-
-    def __repr__(self) -> str:
-        given = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
-        shown = [f"{name}={value!r}" for name, value, default in given if value != default]
-        return f"Budget({', '.join(shown)})"
-
-    def resolve(self, block_q: int, block_k: int, offset: int = 0, k_len: int | None = None) -> Pattern:
-        if self.block is not None:
-            return self
-        block = resolved_unit(self, "block", block_q, block_k)
-        if k_len is None:
-            raise PatternError(
-                explain(
-                    f"{self!r}.resolve(…)",
-                    expected="k_len, the number of keys",
-                    got=None,
-                    fix="A budget is a share of the key tiles, so it needs their number.",
-                )
-            )
-        return replace(self, block=block, k_blocks=-(-k_len // block))
+        self._check_sizes()
 
     # -- the rows -------------------------------------------------------------------------------------
-
-    def _sizes(self) -> tuple[int, int]:
-        if self.block is None or self.k_blocks is None:
-            raise unresolved(self, "its budget is a share of the tiles of a layout")
-        return self.block, self.k_blocks
 
     def _own(self, position: Tensor) -> Tensor:
         block, k_blocks = self._sizes()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import NamedTuple
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sparsetile.errors import PatternError, explain
-from sparsetile.patterns.base import Pattern
-from sparsetile.patterns.parameters import floor, integer, resolved_unit, truth, unresolved
+from sparsetile.patterns.parameters import floor, integer, truth
+from sparsetile.patterns.sized import Sized
 from sparsetile.patterns.tiles import Grid, Key, Span, State, Tiles
 
 _MOST_RANKS = 1 << 20
@@ -105,7 +105,7 @@ class _Share(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Hierarchical(Pattern):
+class Hierarchical(Sized):
     """Whole tiles of a sequence that lies on many ranks: dense inside a rank, sparser inside its node,
     sparsest across nodes.
 
@@ -147,6 +147,8 @@ class Hierarchical(Pattern):
     order: tuple[int, ...] | None = None
     block: int | None = None
     k_blocks: int | None = None
+    _needs_number = "Who holds a tile depends on how many there are."
+    _needs_tiles = "who holds a tile depends on their number in a layout"
 
     def __post_init__(self) -> None:
         if integer("Hierarchical", "ranks", self.ranks, 1) > _MOST_RANKS:
@@ -174,43 +176,9 @@ class Hierarchical(Pattern):
                     "Take that of the sharding.",
                 )
             object.__setattr__(self, "order", order)
-        if (self.block is None) != (self.k_blocks is None):
-            raise _bad(
-                "block, k_blocks",
-                "both, or neither",
-                f"{self.block}, {self.k_blocks}",
-                "Leave both out: the layout fills them in.",
-            )
-        if self.block is not None:
-            integer("Hierarchical", "block", self.block, 1)
-            integer("Hierarchical", "k_blocks", self.k_blocks, 1)
-
-    def __repr__(self) -> str:
-        given = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
-        shown = [f"{name}={value!r}" for name, value, default in given if value != default]
-        return f"Hierarchical({', '.join(shown)})"
-
-    def resolve(self, block_q: int, block_k: int, offset: int = 0, k_len: int | None = None) -> Pattern:
-        if self.block is not None:
-            return self
-        block = resolved_unit(self, "block", block_q, block_k)
-        if k_len is None:
-            raise PatternError(
-                explain(
-                    f"{self!r}.resolve(…)",
-                    expected="k_len, the number of keys",
-                    got=None,
-                    fix="Who holds a tile depends on how many there are.",
-                )
-            )
-        return replace(self, block=block, k_blocks=-(-k_len // block))
+        self._check_sizes()
 
     # -- who holds what, and what rows keep of it -----------------------------------------------------
-
-    def _sizes(self) -> tuple[int, int]:
-        if self.block is None or self.k_blocks is None:
-            raise unresolved(self, "who holds a tile depends on their number in a layout")
-        return self.block, self.k_blocks
 
     @cached_property
     def _held_memo(self) -> tuple[Dealt, Dealt]:
