@@ -141,6 +141,17 @@ def positive(text: str) -> int:
     return count
 
 
+def above_zero(text: str) -> float:
+    """A finite number above 0. Raises argparse.ArgumentTypeError if it is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="sparsetile", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"sparsetile {__version__}")

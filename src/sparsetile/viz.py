@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +248,10 @@ def require_matplotlib() -> tuple[Any, Any]:
             )
         ) from error
     return Figure, ticker
+
+
+def no_matplotlib() -> str | None:
+    """What to say where there will be no picture for want of matplotlib; None where there is one."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return None
+    return "No picture: matplotlib is not installed. Install it with: pip install 'sparsetile[plot]'"

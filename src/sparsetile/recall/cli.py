@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from sparsetile.adaptive.config import DISTILLATIONS, AdaptiveConfig
 from sparsetile.adaptive.scorer import FORMS
 from sparsetile.adaptive.summaries import POOLINGS
-from sparsetile.cli import positive, token_count
+from sparsetile.cli import above_zero, positive, token_count
 from sparsetile.environment import provenance
 from sparsetile.errors import ArgumentError, explain
 from sparsetile.patterns.budget import check_density
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--arms", metavar="A,…", help="default: all")
     add("--seeds", type=positive, metavar="N", help="how many (default 3; gpu: 5)")
     add("--first-seed", type=_seed, default=0, metavar="S", help="seeds are S … S + N − 1 (default 0)")
-    add("--minutes", type=_above_zero, metavar="M", help="begin no other run after M minutes")
+    add("--minutes", type=above_zero, metavar="M", help="begin no other run after M minutes")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="default: bf16 on a GPU, else fp32")
     add("--out", type=Path, default=Path("runs/recall"), metavar="DIR", help="default runs/recall")
@@ -88,9 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training, the same for all arms")
     training.add_argument("--steps", type=positive, metavar="N", help="default 128; gpu: 250")
     training.add_argument("--batch", type=positive, metavar="B", help="sequences a step (default 4; gpu: 8)")
-    training.add_argument(
-        "--lr", type=_above_zero, default=0.001, metavar="R", help="highest (default 0.001)"
-    )
+    training.add_argument("--lr", type=above_zero, default=0.001, metavar="R", help="highest (default 0.001)")
     training.add_argument(
         "--short-steps",
         type=positive,
@@ -108,10 +106,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     learned.add_argument("--pooling", choices=POOLINGS, default="mean", help="of tiles (default mean)")
     learned.add_argument("--distillation", choices=DISTILLATIONS, default="kept", help="default kept")
-    learned.add_argument(
-        "--distillation-weight", type=_above_zero, default=1.0, metavar="W", help="default 1"
-    )
-    learned.add_argument("--scorer-lr", type=_above_zero, default=0.003, metavar="R", help="default 0.003")
+    learned.add_argument("--distillation-weight", type=above_zero, default=1.0, metavar="W", help="default 1")
+    learned.add_argument("--scorer-lr", type=above_zero, default=0.003, metavar="R", help="default 0.003")
     learned.add_argument(
         "--explored",
         type=_share,
@@ -119,16 +115,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="share of the steps that explore (default 0.3)",
     )
-
-
-def _above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
 
 
 def _share(text: str) -> float:

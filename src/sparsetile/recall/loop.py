@@ -102,7 +102,7 @@ def start_of(settings: Settings, seed: int) -> Start:
     data = _data(settings, task, settings.short_batch, seed, _SHORT)
     optimiser = _adam([{"params": list(model.parameters()), "lr": settings.short_lr}], settings)
     for step in range(settings.short_steps):
-        _pace(optimiser, step, settings.short_steps)
+        pace(optimiser, step, settings.short_steps)
         _update(model, attends, optimiser, next(data), settings, task)
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -148,7 +148,7 @@ def run(arm: str, seed: int, settings: Settings, start: Start, emit: Emit) -> di
         if step - 1 == int(settings.explored * settings.steps):
             for attend in attends:
                 attend.explore(False)
-        _pace(optimiser, step - 1, settings.steps)
+        pace(optimiser, step - 1, settings.steps)
         loss = _update(model, attends, optimiser, next(data), settings, task)
         if step % 10 == 0 or step == settings.steps:
             emit({"event": "step", "step": step})
@@ -255,13 +255,18 @@ def _update(
     loss = F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten())
     extra = [x for attend in attends if (x := attend.extra_loss()) is not None]
     total = loss + settings.distillation_weight * torch.stack(extra).sum() if extra else loss
+    descend(optimiser, total)
+    return loss.detach()
+
+
+def descend(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step down, with gradients clipped."""
     optimiser.zero_grad(set_to_none=True)
-    total.backward()  # type: ignore[no-untyped-call]
+    loss.backward()  # type: ignore[no-untyped-call]
     for group in optimiser.param_groups:
         # Apart from each other, so that what the scorer learns does not slow down the model.
         nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimiser.step()
-    return loss.detach()
 
 
 def _adam(groups: Sequence[dict[str, Any]], settings: Settings) -> torch.optim.AdamW:
@@ -271,8 +276,9 @@ def _adam(groups: Sequence[dict[str, Any]], settings: Settings) -> torch.optim.A
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
 
 
-def _pace(optimiser: torch.optim.Optimizer, step: int, steps: int) -> None:
-    """Linear rise, level for the first half, then linearly down to a twentieth."""
+def pace(optimiser: torch.optim.Optimizer, step: int, steps: int) -> None:
+    """Sets the learning rates of a step, shares of each group's ``"highest"``: linear rise, level for the
+    first half, then linearly down to a twentieth."""
     share = min(1.0, (step + 1) / _RISE) * max(0.05, min(1.0, 2.0 * (1.0 - step / steps)))
     for group in optimiser.param_groups:
         group["lr"] = group["highest"] * share

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsetile.adaptive.config import AdaptiveConfig
 from sparsetile.errors import ArgumentError, explain
 from sparsetile.nn.adaptive import BlockSparseAdaptive
+from sparsetile.recall.loop import descend, pace
 from sparsetile.recall.mixed_task import MixedBatch, MixedTask
 from sparsetile.recall.model import Layer, ModelConfig
 from sparsetile.train.model import Linear, norm
@@ -25,7 +26,6 @@ Arm = str | int
 """``"dense"``, ``"top_p"``, or a fixed number of tiles a row."""
 DENSE, TOP_P = "dense", "top_p"
 KINDS = ("easy", "hard")
-_RISE = 10
 # τ at the start: a mean over the tokens of a tile is flatter than the mass that it shall predict.
 _TEMPERATURE = 0.25
 # Streams of data of one seed, apart from each other.
@@ -199,7 +199,7 @@ def start_of(settings: MixedSettings, seed: int) -> Start:
     optimiser = _adam([(model, settings.start_lr)])
     data = _data(attend.task, settings, settings.start_batch, seed, _START)
     for step in range(settings.start_steps):
-        _pace(optimiser, step, settings.start_steps)
+        pace(optimiser, step, settings.start_steps)
         _update(model, attend, optimiser, next(data), settings)
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -225,7 +225,7 @@ def run(arm: Arm, seed: int, settings: MixedSettings, start: Start, emit: Emit) 
     began = time.perf_counter()
     for step in range(settings.steps):
         attend.explore(step < settings.explored * settings.steps)
-        _pace(optimiser, step, settings.steps)
+        pace(optimiser, step, settings.steps)
         loss = _update(model, attend, optimiser, next(data), settings)
         if step % 10 == 9 or step + 1 == settings.steps:
             emit({"step": step + 1})
@@ -279,12 +279,7 @@ def _update(
             total = total + settings.distillation_weight * attend.module.distillation_loss()
         if config.selection == "top_p" and settings.sparsity_weight > 0.0:
             total = total + settings.sparsity_weight * attend.module.sparsity_loss()
-    optimiser.zero_grad(set_to_none=True)
-    total.backward()  # type: ignore[no-untyped-call]
-    for group in optimiser.param_groups:
-        # Apart from each other, so that what the scorer learns does not slow down the model.
-        nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimiser.step()
+    descend(optimiser, total)
     return loss.detach()
 
 
@@ -292,13 +287,6 @@ def _adam(parts: list[tuple[nn.Module, float]]) -> torch.optim.AdamW:
     groups = [{"params": list(part.parameters()), "highest": lr} for part, lr in parts]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-
-
-def _pace(optimiser: torch.optim.Optimizer, step: int, steps: int) -> None:
-    """Linear rise, level for the first half, then linearly down to a twentieth."""
-    share = min(1.0, (step + 1) / _RISE) * max(0.05, min(1.0, 2.0 * (1.0 - step / steps)))
-    for group in optimiser.param_groups:
-        group["lr"] = group["highest"] * share
 
 
 def _data(

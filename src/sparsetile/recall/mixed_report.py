@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from sparsetile.recall.mixed import DENSE, KINDS, TOP_P, Arm
-from sparsetile.recall.report import Estimate, Run, estimate, origin, write_json
+from sparsetile.recall.report import Estimate, Run, estimate, line, origin, write_json
+from sparsetile.viz import no_matplotlib
 
 RATIO, SAVED = 3.0, 0.3
 """What is claimed: tiles of hard inputs over those of easy ones, and the share of tiles saved."""
@@ -130,9 +130,9 @@ def markdown(result: dict[str, Any]) -> str:
         "the tiles with the key asked for that are kept. A guess is right "
         f"{1 / task['values']:.3f} of the time, one of the two values that were voted for, half of it.",
         "",
-        _line(_COLUMNS),
-        _line(("---",) * len(_COLUMNS)),
-        *(_line(row) for row in rows(runs)),
+        line(_COLUMNS),
+        line(("---",) * len(_COLUMNS)),
+        *(line(row) for row in rows(runs)),
         "",
         *(f"- {text}" for text in claims(runs)),
         "",
@@ -140,15 +140,12 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _line(cells: tuple[str, ...]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def draw(path: Path, result: dict[str, Any]) -> str | None:
     """Writes accuracy against tiles, of both kinds together and of each, as PNG; returns why not, where
     matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return "No picture: matplotlib is not installed. Install it with: pip install 'sparsetile[plot]'"
+    missing = no_matplotlib()
+    if missing is not None:
+        return missing
     from matplotlib.figure import Figure
 
     arms = by_arm(result["runs"])

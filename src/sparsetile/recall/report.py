@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from sparsetile.errors import DataError, explain
 from sparsetile.recall.arms import ARMS, FIXED
+from sparsetile.viz import no_matplotlib
 
 Run = dict[str, Any]
 # The 97.5 % quantile of Student's t for 1, 2, … degrees of freedom.
@@ -150,9 +150,9 @@ def markdown(result: dict[str, Any]) -> str:
         "oracle. *At start*: accuracy before the first step with the arm's own attention. A guess is right "
         f"{1 / task['values']:.3f} of the time.",
         "",
-        _line(_COLUMNS),
-        _line(("---",) * len(_COLUMNS)),
-        *(_line(row) for row in rows(runs)),
+        line(_COLUMNS),
+        line(("---",) * len(_COLUMNS)),
+        *(line(row) for row in rows(runs)),
         "",
         *(f"- {text}" for text in claims(runs)),
         "",
@@ -173,14 +173,16 @@ def origin(where: dict[str, Any]) -> str:
     )
 
 
-def _line(cells: tuple[str, ...]) -> str:
+def line(cells: tuple[str, ...]) -> str:
+    """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
 def draw(path: Path, result: dict[str, Any]) -> str | None:
     """Writes accuracy at the end, and over training, as PNG; returns why not, where matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return "No picture: matplotlib is not installed. Install it with: pip install 'sparsetile[plot]'"
+    missing = no_matplotlib()
+    if missing is not None:
+        return missing
     from matplotlib.figure import Figure
 
     arms, task = by_arm(result["runs"]), result["settings"]["task"]

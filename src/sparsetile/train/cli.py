@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sparsetile.adaptive.config import DISTILLATIONS
-from sparsetile.cli import positive, token_count
+from sparsetile.cli import above_zero, positive, token_count
 from sparsetile.environment import provenance
 from sparsetile.errors import ArgumentError, CheckpointError, explain
 from sparsetile.layout.blocks import BLOCK_SIZES
@@ -102,16 +102,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument(
         "--equal-time", action="store_true", help="equal training time, not steps, for each arm"
     )
-    add(
-        "--minutes", type=_above_zero, metavar="M", help="all arms together (default: 3 on a CPU, 7 on a GPU)"
-    )
+    add("--minutes", type=above_zero, metavar="M", help="all arms together (default: 3 on a CPU, 7 on a GPU)")
     add("--batch", type=positive, metavar="B", help="sequences in a step")
     add("--layers", type=positive, metavar="L", help="transformer layers")
     add("--width", type=positive, metavar="W", help="channels; a multiple of 8·heads")
     add("--heads", type=positive, metavar="H", help="query heads")
     add("--kv-heads", type=positive, metavar="H", help="key-value heads; divide --heads")
     add("--block", type=int, choices=BLOCK_SIZES, help="tile edge (default 64 on a CPU, 128 on a GPU)")
-    add("--lr", type=_above_zero, metavar="R", help="highest learning rate (default 1/width, at most 0.008)")
+    add("--lr", type=above_zero, metavar="R", help="highest learning rate (default 1/width, at most 0.008)")
     add("--plant", type=_fraction, metavar="F", help="share of bytes in far repeats (default 0.25; 0: none)")
     add("--seed", type=int, default=0, metavar="S", help="of weights and data order (default 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
@@ -134,16 +132,6 @@ def _arm_names(text: str) -> list[str]:
             f"expected some of {', '.join(ARMS)}, once each with commas between, got {text!r}"
         )
     return names
-
-
-def _above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
 
 
 def _fraction(text: str) -> float:

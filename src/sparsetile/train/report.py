@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from sparsetile.viz import no_matplotlib
 
 RANDOM_BITS = 7.0
 _LEARNED = 0.5 * RANDOM_BITS
@@ -101,8 +102,9 @@ def sentences(results: list[dict[str, Any]]) -> list[str]:
 
 def draw(path: Path, results: list[dict[str, Any]]) -> str | None:
     """Writes the curves to ``path`` as PNG; returns why not, where matplotlib is missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return "No picture: matplotlib is not installed. Install it with: pip install 'sparsetile[plot]'"
+    missing = no_matplotlib()
+    if missing is not None:
+        return missing
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
