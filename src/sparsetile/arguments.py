@@ -184,6 +184,19 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
     return heads, q_len, k_len, head_dim
 
 
+def check_final(is_causal: bool) -> None:
+    """A BlockLayout in place of a pattern takes no ``is_causal``."""
+    if is_causal:
+        raise ArgumentError(
+            explain(
+                "is_causal",
+                expected="False with a BlockLayout, whose tiles are final",
+                got=True,
+                fix="Build it as BlockLayout.from_pattern(pattern & Causal(), …).",
+            )
+        )
+
+
 def check_layout(layout: BlockLayout, query: Tensor, k_len: int) -> None:
     batch, heads, q_len, _ = query.shape
     if (layout.q_len, layout.k_len) != (q_len, k_len):

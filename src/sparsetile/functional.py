@@ -13,6 +13,7 @@ from sparsetile import op
 from sparsetile.arguments import (
     FLOATS,
     check_bias,
+    check_final,
     check_flag,
     check_layout,
     check_mask,
@@ -153,15 +154,7 @@ def sparse_attention(
     text, geometry = "", (q_len, k_len, 0, 0, 1, 1)
     if isinstance(pattern, BlockLayout):
         layout = pattern
-        if is_causal:
-            raise ArgumentError(
-                explain(
-                    "is_causal",
-                    expected="False with a BlockLayout, whose tiles are final",
-                    got=True,
-                    fix="Build it as BlockLayout.from_pattern(pattern & Causal(), …).",
-                )
-            )
+        check_final(is_causal)
         check_layout(layout, query, k_len)
     elif isinstance(pattern, (Pattern, str)):  # torch 2.9 cannot trace a union
         block_q, block_k = checked_blocks(block_size)

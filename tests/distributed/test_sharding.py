@@ -1,5 +1,6 @@
 """Sharding: every tile has one owner, chunks are even, positions follow the tiles."""
 
+import itertools
 import random
 
 import pytest
@@ -113,3 +114,14 @@ def test_choice(pattern, dealt):
         assert balance(loads(layout, chosen)) < 1.01
     assert choose_sharding(layout, 8, threshold=8) == Sharding.contiguous(16 * 1024, 8, 16)
     assert choose_sharding(layout, 1).order is None
+
+
+@pytest.mark.parametrize("cut", [Sharding.contiguous, Sharding.balanced])
+@pytest.mark.parametrize(("length", "ranks"), [(1, 1), (33, 4), (160, 3), (161, 5), (1000, 7)])
+def test_runs_are_the_positions(cut, length, ranks):
+    where = cut(length, ranks, 16)
+    for rank in range(ranks):
+        runs = where.runs_of(rank)
+        found = [position for at, count in runs for position in range(at, at + count)]
+        assert found == where.positions_of(rank).tolist()
+        assert all(b[0] > a[0] + a[1] for a, b in itertools.pairwise(runs))  # runs are unbroken and apart

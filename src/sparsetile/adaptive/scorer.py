@@ -211,12 +211,15 @@ class ImportanceScorer(nn.Module):
                 return hidden @ weight + bias
             return (hidden * weight[:, None, None]).sum(-1) + bias[:, None, None]
 
+    def has_kernels(self, features: Features) -> bool:
+        """Whether there are Triton kernels for such features: fp32 ones on a GPU, of all forms but the
+        indexer."""
+        return features.a.is_cuda and features.a.dtype == torch.float32 and self.form != "indexer"
+
     def _in_one_kernel(self, features: Features, dropped: bool) -> bool:
-        """Whether a Triton kernel serves :meth:`pairs`: on a GPU, where nobody wants a gradient."""
+        """Whether a Triton kernel serves :meth:`pairs`: where nobody wants a gradient."""
         a = features.a
-        if not a.is_cuda or a.dtype != torch.float32 or torch.compiler.is_compiling():
-            return False
-        if self.form == "indexer":
+        if not self.has_kernels(features) or torch.compiler.is_compiling():
             return False
         if self.training and dropped and self.dropout > 0.0:
             return False

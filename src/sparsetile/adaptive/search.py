@@ -153,6 +153,4 @@ def bounds_of_runs(scorer: ImportanceScorer, features: Features, padding: Tensor
 def in_one_kernel(scorer: ImportanceScorer, features: Features, places: int) -> bool:
     """Whether one Triton kernel scores and chooses: the same choice without the scores in memory, up to the
     order in which a score's terms are added."""
-    a = features.a
-    serves = a.device.type == "cuda" and a.dtype == torch.float32 and places <= MOST_KEPT
-    return serves and scorer.form in ("mlp", "bilinear")
+    return places <= MOST_KEPT and scorer.has_kernels(features)

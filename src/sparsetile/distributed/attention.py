@@ -18,37 +18,19 @@ import torch
 from torch import Tensor
 
 from sparsetile import op
-from sparsetile.arguments import (
-    check_flag,
-    check_mask,
-    check_settings,
-    check_tensors,
-    check_types,
-    checked_tile_bias,
-)
+from sparsetile.arguments import checked_tile_bias
+from sparsetile.distributed.call import Order, Settings, check_choices, checked, described, sharding_by
 from sparsetile.distributed.exchange import Buffers, Exchange
-from sparsetile.distributed.plan import digest_of, make_plan
+from sparsetile.distributed.plan import make_plan
 from sparsetile.distributed.rank_plan import RankPlan
 from sparsetile.distributed.ranks import Ranks
 from sparsetile.distributed.sharding import Sharding
-from sparsetile.errors import (
-    ArgumentError,
-    BackendError,
-    NotBuiltError,
-    PatternError,
-    explain,
-)
-from sparsetile.functional import as_autocast, causal_of, merge_attention, pattern_text, sparse_attention
+from sparsetile.errors import ArgumentError, BackendError, NotBuiltError, explain
+from sparsetile.functional import causal_of, merge_attention, sparse_attention
 from sparsetile.kernels.request import Gradients, Request
-from sparsetile.kernels.select import check_name, choose
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.cache import cached_layout
-from sparsetile.patterns import Full, Pattern
-
-Order = Literal["contiguous", "balanced"]
-ORDERS = ("contiguous", "balanced")
-_VERSION = 1
-"""Of what goes over the wire: ranks of different versions must not exchange."""
+from sparsetile.patterns import Pattern
 
 
 @overload
@@ -152,7 +134,7 @@ def distributed_attention(
     """
     ranks = Ranks.of(group)
     if ranks.size == 1:
-        _check_choices(order, keep)
+        check_choices(order, keep)
         # The layout of a text or Pattern is the cache's; all else is what one process does anyway.
         out, lse = sparse_attention(
             query,
@@ -169,20 +151,19 @@ def distributed_attention(
             return_lse=True,
         )
         return (out, lse) if return_lse else out
-    settings = (order, is_causal, scale, enable_gqa, backend, block_size, max_remote_tokens, keep)
+    settings = Settings(order, is_causal, scale, enable_gqa, backend, block_size, max_remote_tokens, keep)
     problem: Exception | None = None
     call: dict[str, object] = {}
     try:
-        query, key, value = _checked(query, key, value, key_padding_mask, tile_bias, settings)
-        call = _described(query, key, value, pattern, key_padding_mask, tile_bias, settings)
+        query, key, value = checked(query, key, value, key_padding_mask, tile_bias, settings)
+        call = described(query, key, value, pattern, key_padding_mask, tile_bias, settings)
     except Exception as error:  # whatever it is, the others must not wait for this rank
         problem = error
     tokens = 0 if problem is not None else query.shape[2]
     counts = ranks.agree(call, tokens, problem)
     # From here on every rank does the same: what fails now fails on all of them.
     length = sum(counts)
-    sharding = Sharding.balanced if order == "balanced" else Sharding.contiguous
-    where = sharding(length, ranks.size, block_size)
+    where = sharding_by(order, length, ranks.size, block_size)
     wanted = tuple(where.tokens_of(rank) for rank in range(ranks.size))
     if counts != wanted:
         raise ArgumentError(
@@ -331,155 +312,6 @@ def _merged(done: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) -> 
 def _statistic(q: Tensor) -> Tensor:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.full(q.shape[:3], -math.inf, dtype=wide, device=q.device)
-
-
-def _checked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    tile_bias: Tensor | None,
-    settings: tuple[Any, ...],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The tensors as autocast has them.
-
-    Raises:
-        SparsetileError: what is wrong with this rank's arguments, as far as that can be told alone.
-    """
-    order, is_causal, scale, enable_gqa, backend, block_size, _, keep = settings
-    check_types(query=query, key=key, value=value)
-    check_flag("enable_gqa", enable_gqa)
-    optional = {"key_padding_mask": mask, "tile_bias": tile_bias}
-    check_types(**{name: x for name, x in optional.items() if x is not None})
-    query, key, value = as_autocast(query, key, value)
-    # Where there are fewer tiles than ranks one may hold nothing; its other sizes are checked all the same.
-    one = [
-        x[:, :, :0].new_empty((*x.shape[:2], 1, *x.shape[3:])) if _holds_none(x) else x
-        for x in (query, key, value)
-    ]
-    check_tensors(one[0], one[1], one[2], enable_gqa)
-    if query.shape[2] != key.shape[2]:
-        raise ArgumentError(
-            explain(
-                "tokens",
-                expected="as many queries as keys on a rank",
-                got=f"{query.shape[2]} and {key.shape[2]}",
-                fix="Spread queries and keys of one sequence alike.",
-            )
-        )
-    check_name(backend)
-    check_flag("is_causal", is_causal)
-    check_settings(scale, 0.0)
-    check_mask(mask, query, key.shape[2])
-    _check_choices(order, keep)
-    plain = op.plain(query, key, value)
-    if not plain:
-        raise BackendError(
-            explain(
-                "distributed attention",
-                expected="plain tensors, outside of compiled graphs, modes and transforms",
-                got="others",
-                fix="Leave the call out of torch.compile, torch.func and torch.set_default_device.",
-            )
-        )
-    # What serves a call of one tile serves any: a rank that finds no backend says so before others wait.
-    tile = query.new_empty((1, 1, 1, query.shape[3]))
-    layout = cached_layout(Full(), 1, None, block_size, query.device)
-    choose(backend, tile, tile, tile, Request(layout, 1.0))
-    return query, key, value
-
-
-def _check_choices(order: object, keep: object) -> None:
-    check_flag("keep", keep)
-    if order not in ORDERS:
-        raise ArgumentError(
-            explain(
-                "order", expected=f"one of {', '.join(ORDERS)}", got=repr(order), fix="See the docstring."
-            )
-        )
-
-
-def _holds_none(x: Tensor) -> bool:
-    return not x.is_nested and x.dim() == 4 and x.shape[2] == 0
-
-
-def _described(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pattern: object,
-    mask: Tensor | None,
-    tile_bias: Tensor | None,
-    settings: tuple[Any, ...],
-) -> dict[str, object]:
-    """All that must be the same on every rank, by name.
-
-    Raises:
-        PatternError, ArgumentError: what is asked for is no pattern or layout.
-    """
-    if isinstance(pattern, BlockLayout):
-        shown = f"a layout with the digest {digest_of(pattern)}"
-        if settings[1]:
-            raise ArgumentError(
-                explain(
-                    "is_causal",
-                    expected="False with a BlockLayout, whose tiles are final",
-                    got=True,
-                    fix="Build it as BlockLayout.from_pattern(pattern & Causal(), …).",
-                )
-            )
-    elif isinstance(pattern, (Pattern, str)):
-        shown = pattern_text(pattern, False)[0]
-    else:
-        raise PatternError(
-            explain(
-                "pattern",
-                expected="a sparsetile Pattern, its text, or a BlockLayout",
-                got=type(pattern).__name__,
-                fix="For example Local(1024) | Global(64).",
-            )
-        )
-    if tile_bias is not None:
-        if not isinstance(pattern, BlockLayout):
-            raise ArgumentError(
-                explain(
-                    "tile_bias",
-                    expected="a BlockLayout, whose tiles it counts",
-                    got="a Pattern",
-                    fix="Build the layout, and pass it.",
-                )
-            )
-        checked_tile_bias(tile_bias, query, pattern)
-    names = (
-        "order",
-        "is_causal",
-        "scale",
-        "enable_gqa",
-        "backend",
-        "block_size",
-        "max_remote_tokens",
-        "keep",
-    )
-    batch, heads, _, dim = query.shape
-    gradients = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (query, key, value, tile_bias)
-    )
-    facts: dict[str, object] = {
-        "version": _VERSION,
-        "pattern": shown,
-        "batch": batch,
-        "heads": heads,
-        "key-value heads": key.shape[1],
-        "head_dim": dim,
-        "dtype": query.dtype,
-        "device": query.device.type,
-        # As Python spells them: 16 and "16" are not the same.
-        **dict(zip(names, map(repr, settings), strict=True)),
-        "key_padding_mask": mask is not None,
-        "tile_bias": None if tile_bias is None else list(tile_bias.shape),
-        "gradients": gradients,
-    }
-    return facts
 
 
 def _layout(

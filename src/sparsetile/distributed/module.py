@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sparsetile.distributed.attention import ORDERS, Order
+from sparsetile.distributed.call import Order, check_order, sharding_by
 from sparsetile.distributed.config import DistributedSparseConfig
 from sparsetile.distributed.ranks import Ranks
 from sparsetile.distributed.sharding import Sharding
@@ -74,12 +74,7 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention
                     fix="DistributedSparseConfig(enable_memory_optimization=True) is one.",
                 )
             )
-        if order not in ORDERS:
-            raise ArgumentError(
-                explain(
-                    "order", expected=f"one of {', '.join(ORDERS)}", got=repr(order), fix="See sharding_for."
-                )
-            )
+        check_order(order)
         self.config, self.order = config, order
 
     @property
@@ -92,9 +87,7 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention
         ``"contiguous"``: rank 0 has the first tokens, and so on. ``"balanced"``: two chunks a rank, an early
         and a late one, so that causal attention gives all ranks as much to do.
         """
-        size = Ranks.of(self.ring).size
-        cut = Sharding.balanced if self.order == "balanced" else Sharding.contiguous
-        return cut(length, size, self.plan.block_size)
+        return sharding_by(self.order, length, Ranks.of(self.ring).size, self.plan.block_size)
 
     def _exchange_settings(self) -> dict[str, Any]:
         return {"order": self.order, "keep": not self.config.enable_memory_optimization}

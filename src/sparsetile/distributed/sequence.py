@@ -29,7 +29,8 @@ def shard_sequence(x: Tensor, dim: int, sharding: Sharding, group: object = None
     Raises:
         ArgumentError: x has another length, or the group has another size than the sharding.
     """
-    ranks = _fitting(sharding, group)
+    ranks = Ranks.of(group)
+    _check_fit(sharding, ranks)
     dim = _dimension(x, dim, sharding.length, "shard_sequence(x)")
     piece: Tensor = _Shard.apply(x, dim, sharding, ranks)  # type: ignore[no-untyped-call]
     return piece
@@ -56,7 +57,7 @@ def unshard_sequence(x: Tensor, dim: int, sharding: Sharding, group: object = No
     problem: ArgumentError | None = None
     facts: dict[str, object] = {}
     try:
-        ranks = _fitting(sharding, group)
+        _check_fit(sharding, ranks)
         count = sharding.tokens_of(ranks.rank)
         dim = _dimension(x, dim, count, "unshard_sequence(x)")
         others = [*x.shape[:dim], *x.shape[dim + 1 :]]
@@ -96,7 +97,9 @@ class _Unshard(torch.autograd.Function):
 def _own(x: Tensor, dim: int, sharding: Sharding, ranks: Ranks) -> Tensor:
     if ranks.size == 1:
         return x.clone()
-    return x.index_select(dim, sharding.positions_of(ranks.rank).to(x.device))
+    # Runs, not positions: those would be copied to the device at every call.
+    runs = sharding.runs_of(ranks.rank)
+    return torch.cat([x.narrow(dim, at, count) for at, count in runs] or [x.narrow(dim, 0, 0)], dim)
 
 
 def _gathered(x: Tensor, dim: int, sharding: Sharding, ranks: Ranks) -> Tensor:
@@ -111,13 +114,14 @@ def _gathered(x: Tensor, dim: int, sharding: Sharding, ranks: Ranks) -> Tensor:
     with ranks.watched("the gathering of a sequence"):
         dist.all_gather(pieces, mine, group=ranks.group)
     whole = rows.new_empty((sharding.length, *rows.shape[1:]))
-    for rank, count in enumerate(counts):
-        whole.index_copy_(0, sharding.positions_of(rank).to(x.device), pieces[rank][:count])
+    for rank, piece in enumerate(pieces):
+        for at, count in sharding.runs_of(rank):
+            whole[at : at + count] = piece[:count]
+            piece = piece[count:]
     return whole.movedim(0, dim).contiguous()
 
 
-def _fitting(sharding: Sharding, group: object) -> Ranks:
-    ranks = Ranks.of(group)
+def _check_fit(sharding: Sharding, ranks: Ranks) -> None:
     if not isinstance(sharding, Sharding) or sharding.ranks != ranks.size:
         raise ArgumentError(
             explain(
@@ -127,7 +131,6 @@ def _fitting(sharding: Sharding, group: object) -> Ranks:
                 fix="Sharding.contiguous(length, ranks, block) makes one.",
             )
         )
-    return ranks
 
 
 def _dimension(x: Tensor, dim: int, count: int, what: str) -> int:

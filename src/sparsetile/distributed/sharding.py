@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -111,6 +112,17 @@ class Sharding:
             return 0
         missing = self.tiles * self.block - self.length if int(tiles[-1]) == self.tiles - 1 else 0
         return tiles.numel() * self.block - missing
+
+    def runs_of(self, rank: int) -> list[tuple[int, int]]:
+        """First position and number of tokens of each unbroken run that a rank holds, in order."""
+        tiles = self.tiles_of(rank)
+        if not tiles.numel():
+            return []
+        ends = (tiles.diff() != 1).nonzero().flatten() + 1
+        bounds = [0, *ends.tolist(), tiles.numel()]
+        first = [int(tiles[start]) * self.block for start in bounds[:-1]]
+        counts = [(stop - start) * self.block for start, stop in pairwise(bounds)]
+        return [(at, min(count, self.length - at)) for at, count in zip(first, counts, strict=True)]
 
     def positions_of(self, rank: int) -> Tensor:
         """int64 ``[tokens_of(rank)]``, ascending: where the tokens of a rank stand in the whole sequence

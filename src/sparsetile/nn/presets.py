@@ -42,7 +42,7 @@ class Preset:
         With ``embed_dim`` and ``num_heads`` a preset becomes the multihead variant.
 
         Raises:
-            ArgumentError, PatternError, NotBuiltError: as the factory.
+            ArgumentError, PatternError: as the factory.
         """
         names = ("variant", "sparse_config", "segment_lengths", "dilation_rates", "adaptive_config")
         own = {name: getattr(self, name) for name in names}
