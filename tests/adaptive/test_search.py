@@ -270,8 +270,7 @@ def test_in_the_module_long_rows_are_searched_in_two_levels():
     draw = fresh()
     tokens = 16 * 600 - 5
     q, k, v = torch.randn(3, 1, tokens, 1, 8)
-    module = made(q, k, base_sparsity=0.98, learnable_temperature=True)
-    assert module.config.search_for(600) == "two_level" and module.config.search_for(512) == "full"
+    module = made(q, k, base_sparsity=0.98, search="two_level", learnable_temperature=True)
     full = made(q, k, base_sparsity=0.98, search="full", learnable_temperature=True)
     full.load_state_dict(module.state_dict())
     module.eval(), full.eval()
@@ -291,11 +290,11 @@ def test_in_the_module_long_rows_are_searched_in_two_levels():
 
 def test_which_search():
     low = AdaptiveConfig(0.98)
-    assert [low.search_for(n) for n in (1, 512, 513, 8192)] == ["full", "full", "two_level", "two_level"]
-    assert AdaptiveConfig(0.95).search_for(8192) == AdaptiveConfig(1 - 1 / 32).search_for(8192) == "full"
-    assert AdaptiveConfig(0.98, search="full").search_for(8192) == "full"
+    assert [low.search_for(n) for n in (1, 8192, 8193, 20_000)] == ["full", "full", "two_level", "two_level"]
+    assert AdaptiveConfig(0.95).search_for(8193) == AdaptiveConfig(1 - 1 / 32).search_for(8193) == "full"
+    assert AdaptiveConfig(0.98, search="full").search_for(8193) == "full"
     assert AdaptiveConfig(search="two_level").search_for(3) == "two_level"
-    assert AdaptiveConfig(0.98, selection="top_p").search_for(8192) == "full"
+    assert AdaptiveConfig(0.98, selection="top_p").search_for(8193) == "full"
     with pytest.raises(ArgumentError, match=r"^search: expected 'auto' or 'full' with selection='top_p'"):
         AdaptiveConfig(0.98, selection="top_p", search="two_level")
     with pytest.raises(ArgumentError, match=r"^search: expected one of 'auto'"):

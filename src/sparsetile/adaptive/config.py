@@ -59,7 +59,7 @@ class AdaptiveConfig:
         search: ``"full"``: a row scores all its key tiles; ``"two_level"``: rows with more than 512 of them
             score runs of 16 first, then the tiles of the best max(32, 2·k) runs alone, see
             ``adaptive/search.py``. ``"auto"``: ``"two_level"`` where a row keeps few enough tiles for that to
-            pay: ``"top_k"`` with more than 512 key tiles (64K tokens in tiles of 128) and a density below
+            pay: ``"top_k"`` with more than 8192 key tiles (1M tokens in tiles of 128) and a density below
             1/32; else ``"full"``. :meth:`search_for` tells which.
 
     Raises:

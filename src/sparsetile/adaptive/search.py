@@ -1,7 +1,7 @@
 """The search of long rows in two levels: runs of key tiles first, then the tiles of the best runs.
 
-Scoring every pair of tiles costs O(nq·nk), which above 64K tokens is what choosing tiles costs at all. So
-runs of :data:`SPAN` consecutive key tiles are scored first, each by a bound of its tiles' scores, and then
+Scoring every pair of tiles costs O(nq·nk). On request, and by itself where that is faster at last, runs of
+:data:`SPAN` consecutive key tiles are scored first, each by a bound of its tiles' scores, and then
 the tiles of the best runs alone::
 
     runs of row i   = own run ∪ sink's run ∪ best runs r by their bounds ŝ_ir        S_i in all
@@ -40,8 +40,9 @@ LEAST_RUNS = 32
 FULL_UP_TO = SPAN * LEAST_RUNS
 """Tiles of a row that is searched in full in any case: 64K tokens in tiles of 128."""
 
-AUTO_ABOVE = FULL_UP_TO
-"""Key tiles of a call above which ``search="auto"`` takes two levels."""
+AUTO_ABOVE = 8192
+"""Key tiles of a call above which ``search="auto"`` takes two levels: 1M tokens in tiles of 128. There the
+full search in one kernel took an H200 1.5 times as long, causal 0.9 times (docs/notes/select-tuning.md)."""
 
 _RUNS_PER_TILE = 2
 _OF_RUNS = 0x5851F42D4C957F2D

@@ -121,8 +121,7 @@ def backward(
     fp32."""
     plan = _plan()
     layout, device = request.layout, q.device
-    batch, heads, q_len, dim = q.shape
-    kv_heads, k_len = k.shape[1], k.shape[2]
+    batch, heads, q_len, _ = q.shape
     grad_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_out, out))
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.float().contiguous()
     inputs = (q, k, v, out, lse, grad_out, grad_lse, *plan.features_of(request))
@@ -130,35 +129,22 @@ def backward(
     kind, pointers = kind_of(inputs, "backward", q.get_device(), request.scale, request.dropout_p, asked)
     recordings = recordings_of(layout)
     known = None if overridden() else recordings.get(kind)
-    if known is not None:
-        out_heads, tile_parts = known.sizes
-    else:
-        target = target_of(device)
-        out_heads = heads // plan.heads_a_program(k, q, layout, target)
-        tile_parts = plan.tile_grad_parts(layout)
-
-    dq = torch.empty(q.shape, dtype=q.dtype, device=device)
-    kv_dtype = k.dtype if out_heads == kv_heads else torch.float32
-    dk = torch.empty((batch, out_heads, k_len, dim), dtype=kv_dtype, device=device)
-    dv = torch.empty_like(dk)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
     tile_grad = bias_grad = None
+    tile_parts = plan.tile_grad_parts(layout)
     if tile_bias_grad:
         owners = (batch if layout.batch == 1 else 1, heads if layout.heads == 1 else 1)
         tile_grad = torch.zeros((tile_parts, *owners, layout.capacity), dtype=torch.float32, device=device)
     if attn_bias_grad:
-        bias_grad = torch.zeros((batch, heads, q_len, k_len), dtype=torch.float32, device=device)
+        bias_grad = torch.zeros((batch, heads, q_len, k.shape[2]), dtype=torch.float32, device=device)
     with on_device(device):
         if known is not None:
             pointers += [0 if x is None else x.data_ptr() for x in (dq, dk, dv, tile_grad, bias_grad)]
             known.play(pointers, device)
         else:
             given = (q, k, v, out, lse, grad_out, grad_lse, dq, dk, dv, tile_grad, bias_grad)
-            launches = plan.backward_launches(*given, request, target)
-            made = record(launches, _BACKWARD, (out_heads, tile_parts))
+            made = record(plan.backward_launches(*given, request, target_of(device)), _BACKWARD)
             if made is not None and not overridden():
                 recordings.keep(kind, made)
-    if out_heads != kv_heads:
-        members = (batch, kv_heads, out_heads // kv_heads, k_len, dim)
-        dk, dv = dk.view(members).sum(2).to(k.dtype), dv.view(members).sum(2).to(v.dtype)
     tile_sum = None if tile_grad is None else tile_grad[0] if tile_parts == 1 else tile_grad.sum(0)
     return Gradients(dq, dk, dv, tile_sum, bias_grad)

@@ -158,3 +158,26 @@ def sum_kernel(
         at = (((slot + part).to(tl.int64) * reps + rep) * BLOCK + first) * D
         acc += load_tile(parts + at, tokens, D, dims, ok, D, BLOCK_D, True)
     store_tile(out + ((batch * heads + head) * length + token0) * D, tokens, D, dims, ok, acc, D, BLOCK_D)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["members"])
+def group_sum_kernel(
+    members_dk, members_dv, dk_out, dv_out, members, entries, ENTRIES: tl.constexpr,
+):
+    # fmt: on
+    """Sum dk and dv over the query heads of each group, in their order:
+    ``[B·Hkv, members, entries]`` → ``[B·Hkv, entries]``, entries = Nk·D."""
+    blocks = tl.cdiv(entries, ENTRIES)
+    line = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    ok = at < entries
+    first = line * members * entries
+    dk = tl.zeros((ENTRIES,), tl.float32)
+    dv = tl.zeros((ENTRIES,), tl.float32)
+    for member in range(members):
+        here = first + member * entries + at
+        dk += tl.load(members_dk + here, mask=ok, other=0.0)
+        dv += tl.load(members_dv + here, mask=ok, other=0.0)
+    tl.store(dk_out + line * entries + at, dk.to(dk_out.dtype.element_ty), mask=ok)
+    tl.store(dv_out + line * entries + at, dv.to(dv_out.dtype.element_ty), mask=ok)

@@ -31,6 +31,7 @@ from sparsetile.layout.schedule import Direction, Schedule, chunk_for, schedule
 _LOG2E = 1.4426950408889634
 _SMALLEST = 2.0**-126  # a scale of 0, such that −inf times it stays −inf
 _SHORT_BLOCK = 32  # tokens a program of the kernels that only combine parts
+_SUM_ENTRIES = 2048  # of dk and dv that a program sums over a group's heads
 _SHORT_ROW = 2  # tiles a row, on average, up to which a row counts as short
 
 
@@ -260,7 +261,7 @@ def heads_a_program(k: Tensor, q: Tensor, layout: BlockLayout, target: Target) -
     """Query heads that one column program of backward sums over.
 
     The whole group of a key head, if the heads share their columns and that leaves every multiprocessor
-    work; else one, and the sum over the group is taken afterwards.
+    work; else one, and a launch of its own sums over the group.
     """
     group = q.shape[1] // k.shape[1]
     if layout.heads != 1 or layout.k_blocks * k.shape[0] * k.shape[1] < 2 * target.processors:
@@ -322,14 +323,20 @@ def backward_launches(
     target: Target,
 ) -> list[Launch]:
     """Launches that fill ``dq``, ``dk``, ``dv``, ``tile_grad`` and ``bias_grad``: δ, then all tiles, then the
-    sums of what was split.
+    sums of what was split and of the heads of a group.
 
-    ``dq`` is contiguous, as are ``dk`` and ``dv`` ``[B, H // p, Nk, D]``, p from ``heads_a_program``; ``lse``
-    and ``grad_lse`` are contiguous fp32. The biases' gradients come as fp32 zeros,
+    All are contiguous, as are ``lse`` and ``grad_lse``, fp32. The biases' gradients come as fp32 zeros,
     ``[tile_grad_parts, B or 1, H or 1, capacity]`` and ``[B, H, Nq, Nk]``.
     """
     layout, heads, dim = request.layout, q.shape[1], q.shape[-1]
-    out_heads = dk.shape[1]
+    out_heads = heads // heads_a_program(k, q, layout, target)
+    # What the columns fill: the results, or each query head's share of them.
+    names, column_dk, column_dv = {}, dk, dv
+    if out_heads != k.shape[1]:
+        names = {"dk_out": "members_dk", "dv_out": "members_dv"}
+        column_dk, column_dv = (
+            q.new_empty((q.shape[0], out_heads, *k.shape[2:]), dtype=torch.float32) for _ in range(2)
+        )
     row_owners = _Owners.of(layout, q.shape[0], heads)
     column_owners = _Owners.of(layout, q.shape[0], out_heads)
     rows = _scheduled(layout, "rows", row_owners, target)
@@ -350,8 +357,8 @@ def backward_launches(
         "lse2": lse2,
         "delta": delta,
         "dq_out": dq,
-        "dk_out": dk,
-        "dv_out": dv,
+        "dk_out": column_dk,
+        "dv_out": column_dv,
         "part_dq": part_dq,
         "part_dk": part_dk,
         "part_dv": part_dv,
@@ -374,7 +381,7 @@ def backward_launches(
     programs += columns.items.shape[1] * column_owners.reps * (layout.block_k // tiles.columns[1])
     launches = [
         delta_launch(grad_out, out, lse, grad_lse, lse2, delta),
-        Launch(triton_backward.backward_kernel, programs, arguments, _options(tiles)),
+        Launch(triton_backward.backward_kernel, programs, arguments, _options(tiles), names),
     ]
     of_rows = {"heads": heads, "length": layout.q_len, "blocks": layout.q_blocks, "BLOCK": layout.block_q}
     of_columns = {
@@ -385,13 +392,31 @@ def backward_launches(
     }
     for name, part, into, sizes, plan, owners in (
         ("dq", part_dq, dq, of_rows, rows, row_owners),
-        ("dk", part_dk, dk, of_columns, columns, column_owners),
-        ("dv", part_dv, dv, of_columns, columns, column_owners),
+        ("dk", part_dk, column_dk, of_columns, columns, column_owners),
+        ("dv", part_dv, column_dv, of_columns, columns, column_owners),
     ):
         if part is not None:
             tensors = {"parts": part, "out": into}
-            names = {"parts": f"part_{name}", "out": f"{name}_out"}
+            called = {"parts": f"part_{name}", "out": names.get(f"{name}_out", f"{name}_out")}
             launches.append(
-                _combining(triton_backward.sum_kernel, tensors, sizes, plan, owners, layout, dim, names)
+                _combining(triton_backward.sum_kernel, tensors, sizes, plan, owners, layout, dim, called)
             )
+    if names:
+        launches.append(_group_sum(column_dk, column_dv, dk, dv))
     return launches
+
+
+def _group_sum(members_dk: Tensor, members_dv: Tensor, dk: Tensor, dv: Tensor) -> Launch:
+    """The launch that sums ``[B, H, Nk, D]`` over the heads of each group into ``[B, Hkv, Nk, D]``."""
+    batch, kv_heads, k_len, dim = dk.shape
+    arguments = {
+        "members_dk": members_dk,
+        "members_dv": members_dv,
+        "dk_out": dk,
+        "dv_out": dv,
+        "members": members_dk.shape[1] // kv_heads,
+        "entries": k_len * dim,
+        "ENTRIES": _SUM_ENTRIES,
+    }
+    programs = batch * kv_heads * -(-k_len * dim // _SUM_ENTRIES)
+    return Launch(triton_backward.group_sum_kernel, programs, arguments, {"num_warps": 4, "num_stages": 2})

@@ -28,7 +28,9 @@ _OF_SCHEDULE = ("items", "others", "mask_ids", "edges")
 _OF_LAYOUT = frozenset(
     ("masks", "splits", *(side + name for side in ("", "row_", "column_") for name in _OF_SCHEDULE))
 )
-_SCRATCH = frozenset(("part_out", "part_lse", "part_dk", "part_dv", "part_dq", "lse2", "delta"))
+_SCRATCH = frozenset(
+    ("part_out", "part_lse", "part_dk", "part_dv", "part_dq", "members_dk", "members_dv", "lse2", "delta")
+)
 
 
 def current_stream(device: torch.device) -> int:
@@ -67,14 +69,12 @@ class Recording:
         offsets: where each scratch buffer begins in the one that ``play`` allocates, in bytes.
         scratch: its size in bytes.
         kept: the layout's tensors, whose pointers stand among the arguments.
-        sizes: what the caller must know again to allocate its outputs.
     """
 
     steps: tuple[Step, ...]
     offsets: tuple[int, ...]
     scratch: int
     kept: tuple[Tensor, ...]
-    sizes: tuple[int, ...]
 
     def play(self, pointers: list[int], device: torch.device) -> None:
         """Start the kernels on the current stream of ``device``; ``pointers`` in the order of the names that
@@ -120,13 +120,12 @@ def kind_of(tensors: Iterable[Tensor | None], *others: object) -> tuple[tuple[ob
     return tuple(key), pointers
 
 
-def record(launches: Sequence[Launch], names: Sequence[str], sizes: tuple[int, ...] = ()) -> Recording | None:
+def record(launches: Sequence[Launch], names: Sequence[str]) -> Recording | None:
     """Run the launches and record them; None where they are not compiled (in the interpreter).
 
     Args:
         launches: as made by ``triton_launch``.
         names: the tensors that every call brings, as the kernels (or ``Launch.names``) call them.
-        sizes: see ``Recording``.
     """
     sources = {name: index for index, name in enumerate(names)}
     offsets: list[int] = []
@@ -158,4 +157,4 @@ def record(launches: Sequence[Launch], names: Sequence[str], sizes: tuple[int, .
                     value = None
             arguments.append(value)
         steps.append(Step(compiled[launch.programs, 1, 1], arguments, tuple(places)))
-    return Recording(tuple(steps), tuple(offsets), scratch, tuple(kept), sizes) if recorded else None
+    return Recording(tuple(steps), tuple(offsets), scratch, tuple(kept)) if recorded else None
