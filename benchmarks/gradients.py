@@ -1,17 +1,18 @@
 """Times the exchange of gradients over a slow link, and compares what a model learns with and without it.
 
-``python benchmarks/gradients.py [--rate 1gbit] [--ranks 4]``   needs root, ``ip`` and ``tc``
+``python benchmarks/gradients.py [--rate 1gbit] [--ranks 4] [--device cuda]``   needs root, ``ip`` and ``tc``
 
 Every rank lives in a network namespace of its own, behind a link shaped to ``--rate`` in both directions; the
 links meet in a bridge. Backward hands over random gradients at once, so a step is the exchange and little
 else; the same step without synchronisation is timed beside it and taken off. Arms alternate, and the fastest
 of each counts. All ranks share this machine's cores, which selection needs and a dense exchange does not:
-processor time is given beside wall time.
+processor time is given beside wall time. With ``--device cuda`` gradients are on a GPU, all ranks' on the
+same one, and gloo carries them.
 
 ``python benchmarks/gradients.py --learn 500`` trains the demo's language model, made small, on two processes
 over the loopback device, dense and compressed, from the same weights and batches.
 
-Both write their part of ``benchmarks/results/gradients_cpu.json``.
+Both write their part of ``benchmarks/results/gradients_<machine>.json``.
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ from sparsetile.environment import provenance
 from sparsetile.train.data import Sequences, load_corpus
 from sparsetile.train.model import Model, ModelConfig
 
-RESULTS = Path(__file__).parent / "results" / "gradients_cpu.json"
 ADDRESS = "10.77.0."
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -86,7 +86,12 @@ class Matrices(nn.Module):
         return torch.stack(parts).sum()
 
 
-def exchange_on_one_rank(rank: int, ranks: int, count: int, width: int, rounds: int) -> None:
+def wait_for(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def exchange_on_one_rank(rank: int, ranks: int, count: int, width: int, rounds: int, device: str) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
     dist.init_process_group(
@@ -97,16 +102,17 @@ def exchange_on_one_rank(rank: int, ranks: int, count: int, width: int, rounds: 
         timeout=timedelta(seconds=120),
     )
     torch.manual_seed(rank)
-    given = [[torch.randn(width, width) for _ in range(count)] for _ in range(2)]
+    given = [[torch.randn(width, width, device=device) for _ in range(count)] for _ in range(2)]
     arms = {}
     for name, settings in ARMS.items():
-        model = DistributedDataParallel(Matrices(count, width), gradient_as_bucket_view=True)
+        model = DistributedDataParallel(Matrices(count, width).to(device), gradient_as_bucket_view=True)
         compress_gradients(model, DistributedSparseConfig(**settings))
         arms[name] = model
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in [*arms, "alone"]}
     for step in range(4 + rounds):  # the first four: DDP's new buckets, residuals that fill
         for name in samples:
             model = arms.get(name, arms["DDP fp32"])
+            wait_for(device)
             dist.barrier()
             wall, processor = time.perf_counter(), time.process_time()
             if name == "alone":
@@ -114,6 +120,7 @@ def exchange_on_one_rank(rank: int, ranks: int, count: int, width: int, rounds: 
                     model(given[step % 2]).backward()
             else:
                 model(given[step % 2]).backward()
+            wait_for(device)
             samples[name].append((time.perf_counter() - wall, time.process_time() - processor))
     if rank == 0:
         rows = {}
@@ -136,7 +143,14 @@ def over_links(options: argparse.Namespace) -> dict[str, Any]:
 
     names = [f"gradients{rank}" for rank in range(options.ranks)]
     command = [sys.executable, __file__, "--ranks", str(options.ranks), "--rounds", str(options.rounds)]
-    command += ["--matrices", str(options.matrices), "--width", str(options.width)]
+    command += [
+        "--matrices",
+        str(options.matrices),
+        "--width",
+        str(options.width),
+        "--device",
+        options.device,
+    ]
     processes = []
     shape = f"tbf rate {options.rate} burst 256kb latency 50ms"
     try:
@@ -240,6 +254,8 @@ def main() -> None:
     options.add_argument("--matrices", type=int, default=8)
     options.add_argument("--width", type=int, default=1024)
     options.add_argument("--rounds", type=int, default=5, help="timed steps of every arm")
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the gradients")
+    options.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options.add_argument("--learn", type=int, metavar="STEPS", help="train instead")
     options.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     options.add_argument("--store", help=argparse.SUPPRESS)
@@ -248,17 +264,21 @@ def main() -> None:
         learn_on_one_rank(chosen.rank, 2, chosen.store, chosen.learn)
         return
     if chosen.rank is not None:
-        exchange_on_one_rank(chosen.rank, chosen.ranks, chosen.matrices, chosen.width, chosen.rounds)
+        sizes = chosen.matrices, chosen.width
+        exchange_on_one_rank(chosen.rank, chosen.ranks, *sizes, chosen.rounds, chosen.device)
         return
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    machine = "cpu" if chosen.device == "cpu" else torch.cuda.get_device_name().split()[1].lower()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    file = chosen.out / f"gradients_{machine}.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
     if chosen.learn:
         results["learning, 2 ranks"] = {**learn(chosen.learn), "provenance": provenance()}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        file.write_text(json.dumps(results, indent=1) + "\n")
         print(json.dumps(results["learning, 2 ranks"]["arms"], indent=1))
         return
     name = f"exchange, {chosen.ranks} ranks, {chosen.rate}"
     results[name] = {**over_links(chosen), "load": os.getloadavg()[0], "provenance": provenance()}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    file.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results[name]["arms"], indent=1))
 
 
