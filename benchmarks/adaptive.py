@@ -4,9 +4,9 @@
 
 B1 H32 D128 bf16, sixteen 128×128 tiles a row. At 131,072 tokens: summaries and scores, selection, layout,
 bias, the attention kernels with a fixed and with the chosen tiles, the module forward and forward+backward,
-each by events after the L2 was overwritten, the choice also as a CUDA graph, without the host. Then the module and
-the best dense backend of ``F.scaled_dot_product_attention`` from 4,096 tokens up, in the same run: where they
-cross. Writes ``adaptive_<machine>.json``.
+each by events after the L2 was overwritten, the choice also as a CUDA graph, without the host. Then the
+module and the best dense backend of ``F.scaled_dot_product_attention`` from 4,096 tokens up, in the same run:
+where they cross. Writes ``adaptive_<machine>.json``.
 """
 
 from __future__ import annotations
