@@ -1,4 +1,4 @@
-"""Which communication hook DistributedDataParallel averages gradients with."""
+"""What DistributedDataParallel and FSDP2 average gradients with."""
 
 # No `from __future__ import annotations`: DistributedDataParallel compares the hook's annotations as objects.
 
@@ -7,35 +7,44 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.fsdp import FSDPModule
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsetile.distributed.config import DistributedSparseConfig
 from sparsetile.distributed.gradients import GradientExchange
+from sparsetile.distributed.reduce_scatter import ShardedGradients
 from sparsetile.errors import ArgumentError, explain
 
 
 def compress_gradients(
-    model: DistributedDataParallel, config: DistributedSparseConfig
-) -> GradientExchange | Any:
-    """Registers the communication hook that ``config`` names. Call it once, on every rank, before the first
+    model: DistributedDataParallel | FSDPModule, config: DistributedSparseConfig
+) -> GradientExchange | ShardedGradients | Any:
+    """Registers what ``config`` names for averaging gradients. Call it once, on every rank, before the first
     step.
 
     Args:
-        model: its parameters have gradients in fp32, bf16 or fp16.
+        model: its parameters have gradients in fp32, bf16 or fp16. Of a model under ``fully_shard`` every
+            group's reduce-scatter is compressed; parameters are gathered as before.
         config: ``hook`` decides: ``"topk"`` uses ``gradient_compression_ratio``, ``gradient_warmup_steps``,
-            ``bucket_cap_mb`` and ``bucket_max_tensors``; ``"bf16"`` is PyTorch's own; ``"powersgd"``
-            PyTorch's own, with ``powersgd_rank`` and ``gradient_warmup_steps``.
+            ``bucket_cap_mb`` and ``bucket_max_tensors`` (not under ``fully_shard``, whose groups are its
+            own); ``"bf16"`` is PyTorch's own; ``"powersgd"`` PyTorch's own, with ``powersgd_rank`` and
+            ``gradient_warmup_steps``.
 
     Returns:
-        The ``GradientExchange`` for ``"topk"``, PyTorch's ``PowerSGDState`` for ``"powersgd"``, else None.
+        For ``"topk"`` the ``GradientExchange``, or the ``ShardedGradients`` of an FSDP model; PyTorch's
+        ``PowerSGDState`` for ``"powersgd"``, else None.
 
     Raises:
         MismatchError, ArgumentError: as ``GradientExchange``.
-        ArgumentError: ``"powersgd"`` for a model on the CPU, where it deadlocks.
+        ArgumentError: ``"powersgd"`` for a model on the CPU, where it deadlocks; for an FSDP model a hook
+            other than ``"topk"``, or limits of buckets.
     """
     if config.hook is None:
         return None
+    if isinstance(model, FSDPModule):
+        _check_sharded(config)
+        return ShardedGradients(model, config.gradient_compression_ratio, config.gradient_warmup_steps)
     parameters = [
         (name, parameter)
         for name, parameter in model.module.named_parameters()
@@ -75,6 +84,29 @@ def compress_gradients(
     )
     model.register_comm_hook(exchange, _on_bucket)
     return exchange
+
+
+def _check_sharded(config: DistributedSparseConfig) -> None:
+    if config.hook != "topk":
+        raise ArgumentError(
+            explain(
+                "gradient_hook",
+                expected='"topk" under fully_shard',
+                got=repr(config.hook),
+                fix="For bf16 pass fully_shard a MixedPrecisionPolicy(reduce_dtype=torch.bfloat16).",
+            )
+        )
+    plain = DistributedSparseConfig()
+    for name in ("bucket_cap_mb", "bucket_max_tensors"):
+        if getattr(config, name) != getattr(plain, name):
+            raise ArgumentError(
+                explain(
+                    name,
+                    expected=f"{getattr(plain, name)} under fully_shard, where it could not act",
+                    got=getattr(config, name),
+                    fix="FSDP sends together what one fully_shard call holds.",
+                )
+            )
 
 
 def _on_bucket(
