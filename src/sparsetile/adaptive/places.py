@@ -51,7 +51,7 @@ class Places:
 
         Every entry has one source, so forward and backward are the same bits run to run. Unused ones: 0.
         """
-        values = values.masked_fill(~self.valid, 0)
+        values = torch.where(self.valid, values, 0)
         edges = values.new_empty(self.layout.capacity)
         return edges.index_put_((self.slot,), values[:, :, None])[None, None]
 
@@ -59,7 +59,7 @@ class Places:
         """``[1, 1, capacity]`` → ``[B, G, q_blocks, k]``, summed over the heads of a group; unused: 0."""
         values = edges.reshape(self.layout.capacity)[self.slot]
         values = values.sum(2) if values.shape[2] > 1 else values.squeeze(2)
-        return values.masked_fill(~self.valid, 0)
+        return torch.where(self.valid, values, 0)
 
 
 _MOST_PLACES = 256
