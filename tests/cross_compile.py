@@ -37,7 +37,10 @@ _NAMES = {
 def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict[str, Any]) -> Any:
     """The launch that a small call makes. Options: ``block``, ``whole`` (no partial tiles), ``short``
     (at most two tiles a row), ``biased`` (a tile bias alone), ``featured`` (everything, with GQA); of
-    ``topk``, whose head_dim is hidden: see ``selection_of``."""
+    ``topk``, whose head_dim is hidden: see ``selection_of``; of ``rows`` and ``places``, whose head_dim is
+    the places of a row: see ``layout_of``."""
+    if kernel in ("rows", "places"):
+        return layout_of(kernel, head_dim, getattr(torch, dtype), options)
     from sparsetile.kernels import triton_launch
     from sparsetile.kernels.request import Request
     from sparsetile.kernels.triton_config import Target
@@ -97,6 +100,26 @@ def selection_of(hidden: int, dtype: torch.dtype, options: dict[str, Any]) -> An
         rows, rows, *given, noise, valid, within, *out, 0, 128, 16 if level else 1,
         is_causal=True, own=True, sink=featured,
     )  # fmt: skip
+
+
+def layout_of(kernel: str, k: int, kind: torch.dtype, options: dict[str, Any]) -> Any:
+    """A launch that makes a layout of learned indices. Options: ``block``, ``whole`` (not causal), ``long``
+    (row starts past 2³¹ tiles)."""
+    from sparsetile.kernels import triton_layout
+    from sparsetile.layout.topk import Cuts, Sizes
+
+    block, is_causal = options.get("block", 128), not options.get("whole", False)
+    sizes = Sizes(1000, 1000, block, block, is_causal)
+    cuts, rows = Cuts.of(sizes), 4 * sizes.q_blocks
+    starts = torch.int64 if options.get("long") else torch.int32
+    given = torch.zeros(1, 2, sizes.q_blocks, k, dtype=kind)
+    column, valid, indptr = given.long(), given.bool(), torch.zeros(rows + 1, dtype=starts)
+    masks = torch.zeros(cuts.masks, block, -(-block // 32), dtype=torch.int32)
+    if kernel == "rows":
+        return triton_layout.rows_launch(given, column, valid, indptr, masks, 2, sizes, cuts)
+    flat = torch.zeros(rows * k, dtype=torch.int32)
+    slot, items = torch.zeros(1, 2, 2, sizes.q_blocks, k).long(), torch.zeros(6, rows, dtype=starts)
+    return triton_layout.places_launch(column, indptr, flat, flat, slot, items, cuts)
 
 
 def compiled(launch: Any, target: str) -> Any:
@@ -175,7 +198,19 @@ def main() -> None:
     for case in json.load(sys.stdin):
         kernel, head_dim, dtype, target, options = case
         launch = launch_of(kernel, head_dim, dtype, target, options)
-        names = ("M", "N", "ROWS", "SLOTS", "LANES", "KEPT", "ROWS_M", "ROWS_N", "COLUMNS_M", "COLUMNS_N")
+        names = (
+            "M",
+            "N",
+            "ROWS",
+            "SLOTS",
+            "LANES",
+            "KEPT",
+            "ROWS_M",
+            "ROWS_N",
+            "COLUMNS_M",
+            "COLUMNS_N",
+            "PLACES",
+        )
         tiles = [launch.arguments[name] for name in names if name in launch.arguments]
         tiles += launch.options.values()
         print(

@@ -64,6 +64,54 @@ def test_values_of_places_never_wait_for_the_device():
     torch.testing.assert_close(grad.cpu(), 4 * values.masked_fill(~expected.valid, 0))
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("lengths", [(2000, 2000), (2048, 2048), (1000, 1337), (1500, 700)])
+@pytest.mark.parametrize("groups,k", [(1, 1), (2, 5), (4, 33), (2, 129)])
+def test_places_are_those_of_the_cpu(is_causal, lengths, groups, k):
+    """By kernels there, by PyTorch here; the schedule comes with the layout, and nobody waits."""
+    (q_len, k_len), block = lengths, 16
+    seed = int(torch.randint(2**40, ()))
+    generator = torch.Generator().manual_seed(seed)
+    q_blocks, k_blocks = -(-q_len // block), -(-k_len // block)
+    ranked = torch.rand(2, groups, q_blocks, max(k_blocks, k), generator=generator).argsort(-1)[..., :k]
+    used = torch.rand(ranked.shape, generator=generator) < 0.7
+    chosen = ranked.masked_fill(~used | (ranked >= k_blocks), -1).int()
+    there = chosen.cuda()
+    Places.of(there, 4, q_len, k_len, block, is_causal)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        places = Places.of(there, 4, q_len, k_len, block, is_causal)
+        rows = schedule(places.layout, "rows", k)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = Places.of(chosen, 4, q_len, k_len, block, is_causal)
+    for name in ("column", "valid", "slot"):
+        got, want = getattr(places, name), getattr(expected, name)
+        assert got.dtype == want.dtype and torch.equal(got.cpu(), want), (name, seed)
+    for name in ("indptr", "indices", "mask_ids", "masks"):
+        got, want = getattr(places.layout, name), getattr(expected.layout, name)
+        assert got.dtype == want.dtype and torch.equal(got.cpu(), want), (name, seed)
+    assert torch.equal(rows.items.cpu(), schedule(expected.layout, "rows", k).items), seed
+    assert rows.items is places.layout._memo["short_rows"]  # by the kernels, and not by PyTorch on the GPU
+    places.layout.validate()
+
+
+def test_places_can_be_captured():
+    chosen = torch.full((1, 2, 16, 5), -1, dtype=torch.int32, device="cuda")
+    Places.of(chosen, 4, 2000, 2000, 128, True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        places = Places.of(chosen, 4, 2000, 2000, 128, True)
+    for _ in range(3):
+        drawn = torch.rand(1, 2, 16, 16).argsort(-1)[..., :5].int()
+        chosen.copy_(drawn)
+        graph.replay()
+        expected = Places.of(drawn, 4, 2000, 2000, 128, True)
+        for name in ("indptr", "indices", "mask_ids", "masks"):
+            assert torch.equal(getattr(places.layout, name).cpu(), getattr(expected.layout, name)), name
+        assert torch.equal(places.slot.cpu(), expected.slot)
+
+
 def test_topk_can_be_captured():
     indices = torch.randint(-1, 16, (1, 4, 16, 5), device="cuda")
     BlockLayout.from_topk(indices, 2000, 2000, 128, True)

@@ -154,3 +154,24 @@ def test_bilinear_selection_does_not_spill_in_a_loop() -> None:
     )
     assert_fit(results)
     assert not [r for r in results if r["spills_in_loops"] or r["spilled"] > 64], results
+
+
+def test_layouts_of_learned_indices_fit_and_do_not_spill() -> None:
+    results = compile_all(
+        [
+            ["rows", 16, "int32", "sm_90", {}],
+            ["places", 16, "int32", "sm_90", {}],
+            ["rows", 129, "int64", "sm_90", {}],
+            ["places", 129, "int32", "sm_90", {"long": True}],
+            ["rows", 128, "int32", "sm_80", {"block": 16}],
+            ["places", 128, "int32", "sm_80", {}],
+            ["rows", 1, "int32", "sm_80", {"whole": True}],
+            ["places", 1, "int32", "sm_80", {"whole": True}],
+            ["rows", 33, "int32", "sm_100", {"long": True}],
+            ["places", 33, "int32", "sm_100", {}],
+            ["rows", 16, "int32", "gfx942", {}],
+            ["places", 16, "int32", "gfx942", {}],
+        ]
+    )
+    assert_fit(results)
+    assert not [r for r in results if r["spilled"]], results

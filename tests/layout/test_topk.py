@@ -11,7 +11,8 @@ from pattern_draws import runs
 from sparsetile.errors import LayoutError
 from sparsetile.layout import BlockLayout
 from sparsetile.layout.check import sizes
-from sparsetile.layout.topk import SHORT_ROWS, Sizes, in_order
+from sparsetile.layout.schedule import schedule
+from sparsetile.layout.topk import Sizes, in_order, topk_tensors
 
 SIZES = st.sampled_from([16, 32, 64, 128])
 
@@ -72,18 +73,19 @@ def same_tiles(layout, general):
 
 def rows_are_known(layout, width):
     """What the layout says of its rows: at most ``width`` tiles, the partial ones last."""
-    known = layout._memo[SHORT_ROWS]
+    plan = schedule(layout, "rows", width)
+    line, start, full_end, end, slot, first = plan.items
     row, _ = layout.rows_and_columns()
     partial = layout.mask_ids[: layout.nnz] >= 0
     assert layout.row_bound == width and (layout.row_counts() <= width).all()
     assert not (partial[:-1] & ~partial[1:] & (row[1:] == row[:-1])).any()
     counts = torch.zeros(layout.indptr.numel() - 1, dtype=torch.int32).index_add_(0, row, partial.int())
-    assert (known.partial is None) == (len(layout.masks) == 0)
-    if known.partial is not None:
-        assert torch.equal(known.partial.reshape(-1), counts)
+    assert torch.equal(end - full_end, counts)
+    assert torch.equal(line, torch.arange(len(line))) and (slot == -1).all() and not plan.slots
+    assert torch.equal(start, layout.indptr[:-1]) and torch.equal(end, layout.indptr[1:])
     filled = layout.row_counts() > 0
-    assert torch.equal(known.first.reshape(-1)[filled], layout.indices[layout.indptr[:-1][filled]])
-    assert not known.first.reshape(-1)[~filled].any()
+    assert torch.equal(first[filled], layout.indices[layout.indptr[:-1][filled]])
+    assert not first[~filled].any()
 
 
 @runs(60)
@@ -104,7 +106,8 @@ def test_a_selection_for_several_heads(q_len, k_len, block_q, block_k, is_causal
     chosen = torch.rand(batch, groups, size.q_blocks, size.k_blocks, generator=generator).argsort(-1)
     chosen = chosen[..., :width].to(torch.int32)
     chosen = chosen.masked_fill(torch.rand(chosen.shape, generator=generator) < 0.3, -1)
-    layout, slot = BlockLayout.from_chosen(in_order(chosen, size), share, size)
+    made = topk_tensors(in_order(chosen, size), share, size)
+    layout, slot = BlockLayout.from_chosen(made, size), made.slot
     each = chosen.repeat_interleave(share, 1)
     same = BlockLayout.from_topk(each, q_len, k_len, (block_q, block_k), is_causal)
     for name, tensor in same.tensors()._asdict().items():

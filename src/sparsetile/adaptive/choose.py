@@ -55,7 +55,6 @@ def choose_tiles(
             # Of its own past: a row's bound knows nothing of how long the sequence is.
             bound = PLACES_PER_BUDGET * tiles_for(config.density, whole + 1)
             options["limit"] = bound.clamp(min=config.k_min)
-    column = torch.arange(nk, device=own.device)
     # The own tile of a causal row holds what comes after its first query, so its score counts for nothing.
     # Where its mass is asked for, by top_p, it passes for a tile on the verge; the second tile of a row that
     # lies astride must take no place from others.
@@ -65,7 +64,7 @@ def choose_tiles(
     def rows(start: int, stop: int) -> Tensor:
         scores = scorer.rows(seen.features, start, stop)
         if hide:
-            home = own[start:stop, None]
+            column, home = torch.arange(nk, device=own.device), own[start:stop, None]
             scores = torch.where(column == home, verge, scores).masked_fill(column > home, -math.inf)
         return scores
 

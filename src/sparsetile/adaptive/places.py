@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from sparsetile.kernels.triton_backend import device_problem
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.check import sizes
-from sparsetile.layout.topk import Sizes, in_order
+from sparsetile.layout.topk import Chosen, Sizes, TopkTensors, in_order, topk_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,18 +41,17 @@ class Places:
             heads: query heads, a multiple of G.
         """
         size = Sizes(*sizes(q_len, k_len, block_size), is_causal)
-        chosen = in_order(indices, size)
         # One group is every head's: then the layout is shared by all heads.
         groups = indices.shape[1]
-        layout, slot = BlockLayout.from_chosen(chosen, 1 if groups == 1 else heads // groups, size)
-        return cls(layout, chosen.column.long(), chosen.valid, slot)
+        chosen, made = _tensors(indices, 1 if groups == 1 else heads // groups, size)
+        return cls(BlockLayout.from_chosen(made, size), chosen.column.long(), chosen.valid, made.slot)
 
     def to_edges(self, values: Tensor) -> Tensor:
         """``[B, G, q_blocks, k]`` → ``[1, 1, capacity]``, in the order of ``layout.indices``; differentiable.
 
         Every entry has one source, so forward and backward are the same bits run to run. Unused ones: 0.
         """
-        values = values.masked_fill(~self.valid, 0)
+        values = torch.where(self.valid, values, 0)
         edges = values.new_empty(self.layout.capacity)
         return edges.index_put_((self.slot,), values[:, :, None])[None, None]
 
@@ -58,4 +59,24 @@ class Places:
         """``[1, 1, capacity]`` → ``[B, G, q_blocks, k]``, summed over the heads of a group; unused: 0."""
         values = edges.reshape(self.layout.capacity)[self.slot]
         values = values.sum(2) if values.shape[2] > 1 else values.squeeze(2)
-        return values.masked_fill(~self.valid, 0)
+        return torch.where(self.valid, values, 0)
+
+
+_MOST_PLACES = 256
+"""Places of a row that the kernels sort."""
+
+
+def _tensors(indices: Tensor, share: int, size: Sizes) -> tuple[Chosen, TopkTensors]:
+    """By kernels on a GPU, where nothing is compiled."""
+    if _in_kernels(indices):
+        from sparsetile.kernels.triton_layout import chosen_tensors
+
+        return chosen_tensors(indices, share, size)
+    chosen = in_order(indices, size)
+    return chosen, topk_tensors(chosen, share, size)
+
+
+def _in_kernels(indices: Tensor) -> bool:
+    if not indices.is_cuda or indices.shape[3] > _MOST_PLACES or torch.compiler.is_compiling():
+        return False
+    return device_problem(indices.device, "tiles") is None

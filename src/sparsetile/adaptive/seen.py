@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsetile.adaptive.config import AdaptiveConfig
 from sparsetile.adaptive.scorer import Features, ImportanceScorer
-from sparsetile.adaptive.select import own_tiles, reach
+from sparsetile.adaptive.select import farthest, own_tiles, reach
 from sparsetile.adaptive.summaries import group_queries, means_beside, tile_summaries, valid_tiles
 
 
@@ -107,17 +107,27 @@ class Seen:
         within = (column <= self.reach[rows][:, None]).expand(self.shape[0], 1, -1, -1)
         return within if self.valid is None else within & self.valid[:, None, None]
 
-    def choices(self) -> Tensor:
-        """How many tiles all rows of all batch elements and groups may choose from: an int64 scalar."""
-        batch, groups, _, _ = self.shape
-        if self.valid is None:
-            return (self.reach + 1).sum() * (batch * groups)
-        return F.pad(self.valid.cumsum(1), (1, 0))[:, self.reach + 1].sum() * groups
+    def choices(self) -> Tensor | int:
+        """How many tiles all rows of all batch elements and groups may choose from; an int64 scalar on the
+        device if keys are ignored."""
+        batch, groups, nq, nk = self.shape
+        if self.valid is not None:
+            return F.pad(self.valid.cumsum(1), (1, 0))[:, self.reach + 1].sum() * groups
+        if not self.is_causal:
+            return batch * groups * nq * nk
+        first = farthest(self.k_len - self.q_len, self.block)
+        return batch * groups * (_up_to(first + nq, nk) - _up_to(first, nk))
 
     def rows_of(self, rows: Tensor) -> Features:
         """The features with rows ``[r]`` of the query tiles alone."""
         a, b, gates = self.features
         return Features(a.index_select(2, rows), b, None if gates is None else gates.index_select(2, rows))
+
+
+def _up_to(n: int, most: int) -> int:
+    """Σ min(i, most) for i = 1 … n; 0 for n < 1."""
+    n, level = max(n, 0), min(max(n, 0), most)
+    return level * (level + 1) // 2 + (n - level) * most
 
 
 def _summarised(

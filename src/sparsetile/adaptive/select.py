@@ -50,11 +50,15 @@ def reach(
 
     The last row ends with the last key whatever its length is, so lengths in tokens are not needed.
     """
-    row = torch.arange(nq, device=device)
     if not is_causal:
-        return torch.full_like(row, nk - 1)
-    last = torch.div((row + 1) * block - 1 + offset_tokens, block, rounding_mode="floor")
-    return last.clamp(-1, nk - 1)
+        return torch.full((nq,), nk - 1, device=device)
+    first = farthest(offset_tokens, block)
+    return torch.arange(first, first + nq, device=device).clamp_(-1, nk - 1)
+
+
+def farthest(offset_tokens: int, block: int) -> int:
+    """The key tile of the last query of row 0 of a causal call, before it is clamped to the key tiles."""
+    return (block - 1 + offset_tokens) // block
 
 
 def own_tiles(
@@ -65,8 +69,8 @@ def own_tiles(
     If the offset is no multiple of the block, a query tile lies over two key tiles; the first of them is
     the one in which every query of the row, causal or not, has a key.
     """
-    row = torch.arange(nq, device=device)
-    return torch.div(row * block + offset_tokens, block, rounding_mode="floor").clamp(0, nk - 1)
+    first = offset_tokens // block
+    return torch.arange(first, first + nq, device=device).clamp_(0, nk - 1)
 
 
 def gumbel(seed: Tensor, batch_group: Tensor, row: Tensor, col: Tensor) -> Tensor:

@@ -17,7 +17,15 @@ from sparsetile.errors import LayoutError
 from sparsetile.layout import build, convert, order
 from sparsetile.layout.build import Transpose
 from sparsetile.layout.check import BLOCK_SIZES, check_pattern, first_broken, sizes
-from sparsetile.layout.topk import SHORT_ROWS, Chosen, Sizes, check_indices, distinct, in_order, topk_tensors
+from sparsetile.layout.topk import (
+    SHORT_ROWS,
+    Sizes,
+    TopkTensors,
+    check_indices,
+    distinct,
+    in_order,
+    topk_tensors,
+)
 from sparsetile.patterns.base import Pattern
 from sparsetile.patterns.tiles import Grid, mask_words
 
@@ -295,26 +303,20 @@ class BlockLayout:
         """
         size = Sizes(*sizes(q_len, k_len, block_size), is_causal)
         check_indices(indices, size.q_blocks)
-        return cls.from_chosen(in_order(distinct(indices, size.k_blocks), size), 1, size)[0]
+        return cls.from_chosen(topk_tensors(in_order(distinct(indices, size.k_blocks), size), 1, size), size)
 
     @classmethod
-    def from_chosen(cls, chosen: Chosen, share: int, size: Sizes) -> tuple[BlockLayout, Tensor]:
-        """The tiles of a selection in order, each group's for ``share`` heads; and the entry of each place,
-        int64 ``[B, G, share, q_blocks, k]`` (see ``TopkTensors.slot``)."""
-        made = topk_tensors(chosen, share, size)
-        batch, groups = chosen.column.shape[:2]
-        layout = cls(
-            made.indptr,
-            made.indices,
-            made.mask_ids,
-            made.masks,
+    def from_chosen(cls, made: TopkTensors, size: Sizes) -> BlockLayout:
+        """The layout of a selection, of the tensors made from it."""
+        batch, groups, share, _, k = made.slot.shape
+        return cls(
+            *made[:4],
             *size[:4],
             batch=batch,
             heads=groups * share,
-            row_bound=chosen.column.shape[3],
-            _memo={SHORT_ROWS: made.rows},
+            row_bound=k,
+            _memo={} if made.items is None else {SHORT_ROWS: made.items},
         )
-        return layout, made.slot
 
     # -- views ----------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from sparsetile.errors import LayoutError, explain
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.order import whole_tiles_first
-from sparsetile.layout.topk import SHORT_ROWS, ShortRows
+from sparsetile.layout.topk import SHORT_ROWS
 
 Direction = Literal["rows", "columns"]
 
@@ -212,14 +212,9 @@ def _build(layout: BlockLayout, direction: Direction, chunk: int) -> Schedule:
 
 def _of_short_rows(layout: BlockLayout) -> Schedule:
     """The rows of a layout of learned indices, none longer than an item: in their own order, as they lie."""
-    short = layout._memo.get(SHORT_ROWS)
-    if not isinstance(short, ShortRows):
-        short = ShortRows.of(layout.indptr, layout.indices, layout.mask_ids, layout.masks)
-    start, end = layout.indptr[:-1], layout.indptr[1:]
-    full_end = end if short.partial is None else end - short.partial.reshape(-1)
-    row = torch.arange(start.numel(), dtype=start.dtype, device=start.device)
-    first = short.first.reshape(-1).to(start.dtype)
-    items = torch.stack((row, start, full_end, end, torch.full_like(row, -1), first))
+    items = layout._memo.get(SHORT_ROWS)
+    if not isinstance(items, Tensor):
+        items = _items_of_rows(layout)
     return Schedule(
         items=items,
         splits=items.new_empty((3, 0)),
@@ -231,3 +226,17 @@ def _of_short_rows(layout: BlockLayout) -> Schedule:
         partial=layout.masks.shape[0] > 0,
         direction="rows",
     )
+
+
+def _items_of_rows(layout: BlockLayout) -> Tensor:
+    """One item of each row, whose whole tiles come first in the layout itself."""
+    indptr, indices = layout.indptr, layout.indices
+    start, end = indptr[:-1], indptr[1:]
+    full_end = end
+    if layout.masks.shape[0]:
+        before = indptr.new_zeros(indices.numel() + 1)
+        torch.cumsum(layout.mask_ids >= 0, 0, dtype=before.dtype, out=before[1:])
+        full_end = end - before.index_select(0, indptr).diff()
+    row = torch.arange(start.numel(), dtype=start.dtype, device=start.device)
+    first = indices.index_select(0, start.clamp(max=indices.numel() - 1)) * (end > start)
+    return torch.stack((row, start, full_end, end, torch.full_like(row, -1), first.to(start.dtype)))

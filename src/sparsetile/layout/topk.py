@@ -7,7 +7,6 @@ is to close up the rows, by a running count over rows, not over tiles.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import gcd
 from typing import NamedTuple
 
@@ -20,41 +19,14 @@ from sparsetile.layout.build import FULL, no_masks
 _INT32 = 2**31 - 1
 
 SHORT_ROWS = "short_rows"
-"""Key of ``BlockLayout._memo`` for what is known of the rows of a layout of learned indices."""
-
-
-@dataclass(frozen=True, eq=False)
-class ShortRows:
-    """Of each row of a layout of learned indices, whose whole tiles come first in the layout itself.
-
-    Attributes:
-        partial: partial tiles, None where there are none; broadcast over equal heads.
-        first: int32, key block of the first tile, 0 in a row without tiles; broadcast as ``partial``.
-    """
-
-    partial: Tensor | None
-    first: Tensor
-
-    @classmethod
-    def of(cls, indptr: Tensor, indices: Tensor, mask_ids: Tensor, masks: Tensor) -> ShortRows:
-        """From the tensors alone: where a graph passed them on without what was known of them."""
-        start, end = indptr[:-1], indptr[1:]
-        first = indices.index_select(0, start.clamp(max=indices.numel() - 1)) * (end > start)
-        if not masks.shape[0]:
-            return cls(None, first)
-        before = indptr.new_zeros(mask_ids.numel() + 1)
-        torch.cumsum(mask_ids >= 0, 0, dtype=before.dtype, out=before[1:])
-        return cls(before.index_select(0, indptr).diff(), first)
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.first,) if self.partial is None else (self.first, self.partial)
+"""Key of ``BlockLayout._memo`` for the items of the rows of learned indices, where they came with them."""
 
 
 class Chosen(NamedTuple):
     """A selection in order.
 
     Attributes:
-        column: int32 ``[B, G, q_blocks, k]``: key blocks, ascending; unused places last, and 0.
+        column: integers ``[B, G, q_blocks, k]``: key blocks, ascending; unused places last, and 0.
         valid: bool, the same shape: the place is used.
     """
 
@@ -68,7 +40,7 @@ class TopkTensors(NamedTuple):
     Attributes:
         slot: int64 ``[B, G, heads of a group, q_blocks, k]``: the entry of each place. Unused places have the
             unused entries past the end, so that every entry has one place.
-        rows: what is known of the rows.
+        items: one of each row, as ``Schedule`` has them; None where they wait until they are asked for.
     """
 
     indptr: Tensor
@@ -76,7 +48,7 @@ class TopkTensors(NamedTuple):
     mask_ids: Tensor
     masks: Tensor
     slot: Tensor
-    rows: ShortRows
+    items: Tensor | None
 
 
 class Sizes(NamedTuple):
@@ -95,6 +67,59 @@ class Sizes(NamedTuple):
     @property
     def k_blocks(self) -> int:
         return -(-self.k_len // self.block_k)
+
+
+class Cuts(NamedTuple):
+    """How the ends of the sequences and the causal diagonal cut tiles: what the lengths alone decide.
+
+    With masks numbered in the order in which tiles come nearer to the end of a row, the number is linear in
+    the key block, ``max(first − down·row + across·column, FULL)``, plus ``last`` in the last row. So it never
+    descends in a row: partial tiles come last.
+
+    Of mask ``m``, query ``i`` sees the keys before ``start − m·step + slope·i``. From mask ``whole_rows`` on,
+    masks are those of the last row: the keys before ``tail − (m − whole_rows)·step + slope·i``, and none from
+    query ``rows_left`` on.
+    """
+
+    masks: int
+    whole_rows: int
+    first: int
+    down: int
+    across: int
+    last: int
+    start: int
+    tail: int
+    step: int
+    slope: int
+    rows_left: int
+
+    @staticmethod
+    def of(sizes: Sizes) -> Cuts:
+        q_len, k_len, block_q, block_k, is_causal = sizes
+        rows_left, cols_left = q_len % block_q, k_len % block_k
+        if is_causal:
+            # Keys stop at `ahead + query`, where ahead = q0 − k0 takes the values least + slot·step. From
+            # slot `cut` on, tiles are whole. Keys past the end lie after every query: the diagonal cuts them
+            # off too.
+            offset, step = k_len - q_len, gcd(block_q, block_k)
+            least = offset % step - block_q
+            least += 0 if least > -block_q else step
+            cut = max(0, -(-(block_k - 1 - least) // step))
+            first, down, across = cut - 1 - (offset - least) // step, block_q // step, block_k // step
+            start, slope = least + 1 + (cut - 1) * step, 1
+            tail = start + step
+            # Down to the last tile that the valid queries reach.
+            tails = cut + 1 - max(0, -(-(1 - rows_left - least) // step))
+        else:
+            cut = 1 if cols_left else 0
+            first, down, across = cut - sizes.k_blocks, 0, 1
+            start, tail, slope, tails = cols_left, block_k, 0, 1 + cut
+            step = block_k - cols_left
+            if not (rows_left or cols_left):
+                first, across = FULL, 0
+        # The last row has masks of its own, the first of them for tiles that only the end of the rows cuts.
+        masks, last = (cut + tails, cut + 1) if rows_left else (cut, 0)
+        return Cuts(masks, cut, first, down, across, last, start, tail, step, slope, rows_left)
 
 
 def check_indices(indices: Tensor, q_blocks: int) -> None:
@@ -169,61 +194,35 @@ def topk_tensors(chosen: Chosen, share: int, sizes: Sizes) -> TopkTensors:
     def entries(values: Tensor) -> Tensor:
         return values.new_empty(capacity).index_put_((slot,), values[:, :, None])
 
-    ids, masks = _mask_ids(chosen, sizes)
-    if ids is None:
-        partial = None
+    cuts = Cuts.of(sizes)
+    if cuts.masks:
+        mask_ids = entries(_mask_ids(chosen, cuts))
+    else:
         mask_ids = torch.full((capacity,), FULL, dtype=torch.int32, device=device)
-    else:
-        partial, mask_ids = of_heads((ids >= 0).sum(-1, dtype=kind)), entries(ids)
-    known = ShortRows(partial, of_heads(column[..., 0]))
-    return TopkTensors(indptr, entries(column), mask_ids, masks, slot, known)
+    return TopkTensors(indptr, entries(column), mask_ids, _masks(cuts, sizes, device), slot, None)
 
 
-def _mask_ids(chosen: Chosen, sizes: Sizes) -> tuple[Tensor | None, Tensor]:
-    """Mask number of each place (None: all are whole), and the masks: few, and known from the lengths alone.
-
-    With masks numbered in the order in which tiles come nearer to the end of a row, the number is linear in
-    the key block, and at least FULL. So it never descends in a row: partial tiles come last.
-    """
-    q_len, k_len, block_q, block_k, is_causal = sizes
+def _mask_ids(chosen: Chosen, cuts: Cuts) -> Tensor:
+    """Mask number of each place."""
     column, valid = chosen
-    device, offset = column.device, k_len - q_len
-    rows_left, cols_left = q_len % block_q, k_len % block_k
-    if not (is_causal or rows_left or cols_left):
-        return None, no_masks(block_q, block_k, device)
+    row = torch.arange(column.shape[2], dtype=column.dtype, device=column.device)[:, None]
+    ids = torch.add(cuts.first - cuts.down * row, column, alpha=cuts.across).clamp_(min=FULL)
+    if cuts.last:
+        ids[:, :, -1] += cuts.last
+    return ids.masked_fill_(~valid, FULL)
+
+
+def _masks(cuts: Cuts, sizes: Sizes, device: torch.device) -> Tensor:
+    """int32 ``[n_masks, block_q, words]``: bits of the keys before where each query's end."""
+    block_q, block_k = sizes.block_q, sizes.block_k
+    if not cuts.masks:
+        return no_masks(block_q, block_k, device)
     query = torch.arange(block_q, device=device)
-    if is_causal:
-        # Keys stop at `ahead + query`, where ahead = q0 − k0 takes the values least + slot·step. From slot
-        # `cut` on, tiles are whole. Keys past the end lie after every query: the diagonal cuts them off too.
-        step = gcd(block_q, block_k)
-        least = offset % step - block_q
-        least += 0 if least > -block_q else step
-        cut = max(0, -(-(block_k - 1 - least) // step))
-        first, down = cut - 1 - (offset - least) // step, block_q // step
-        line = torch.arange(first, first - down * sizes.q_blocks, -down, dtype=torch.int32, device=device)
-        ids = torch.add(line[:, None], column, alpha=block_k // step)
-        ends = torch.arange(least + 1 + (cut - 1) * step, least + 1 - step, -step, device=device)
-        ends = ends[:, None] + query
-        if rows_left:
-            # Down to the last tile that the valid queries reach.
-            stop = max(0, -(-(1 - rows_left - least) // step)) - 1
-            tail = torch.arange(least + 1 + cut * step, least + 1 + stop * step, -step, device=device)
-            ends = torch.cat((ends, torch.where(query < rows_left, tail[:, None] + query, 0)))
-    else:
-        cut = 1 if cols_left else 0
-        ids = column + (cut - sizes.k_blocks)
-        ends = torch.full((cut, block_q), cols_left, device=device)
-        if rows_left:
-            widths = (block_k, cols_left) if cols_left else (block_k,)
-            ends = torch.cat((ends, *(torch.where(query < rows_left, width, 0)[None] for width in widths)))
-    ids = ids.clamp_(min=FULL)
-    if rows_left:
-        # The last row has masks of its own, the first of them for tiles that only the end of the rows cuts.
-        ids[:, :, -1] += cut + 1
-    return ids.masked_fill_(~valid, FULL), _below(ends, block_k)
-
-
-def _below(ends: Tensor, block_k: int) -> Tensor:
-    """Bits ``j < end`` of every row of a mask: int64 ``[…]`` → int32 ``[…, words]``."""
-    word = ends[..., None] - torch.arange(0, block_k, 32, device=ends.device)
+    mask = torch.arange(cuts.masks, device=device)[:, None]
+    ends = cuts.start - cuts.step * mask + cuts.slope * query
+    if cuts.last:
+        of_last = mask >= cuts.whole_rows
+        ends = ends + of_last * (cuts.tail - cuts.start + cuts.whole_rows * cuts.step)
+        ends = ends.masked_fill(of_last & (query >= cuts.rows_left), 0)
+    word = ends[..., None] - torch.arange(0, block_k, 32, device=device)
     return ((1 << word.clamp_(0, min(32, block_k))) - 1).to(torch.int32)

@@ -349,4 +349,8 @@ class BlockSparseAdaptive(Remembering):
 
 
 def _density(seen: Seen, places: Places) -> Tensor:
-    return places.valid.sum() / seen.choices().clamp(min=1)
+    # Every head of a group has the group's tiles.
+    choices = seen.choices() * places.slot.shape[2]
+    return places.layout.indptr[-1] / (
+        choices.clamp(min=1) if isinstance(choices, Tensor) else max(choices, 1)
+    )
