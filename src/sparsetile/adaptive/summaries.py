@@ -71,10 +71,6 @@ def tile_summaries(
     _check_tokens(x, block, padding)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if pooling == "mean":
-        if padding is None and block in (16, 32, 64, 128) and _kernels_serve(x):
-            from sparsetile.kernels.triton_means import tile_means
-
-            return tile_means(x, block)
         return _by_pieces(x, padding, block, lambda piece, valid: _mean(piece, valid, wide))
     if pooling == "max_min":
         return _by_pieces(x, padding, block, lambda piece, valid: _max_min(piece, valid, wide))
@@ -121,8 +117,11 @@ class _Beside(torch.autograd.Function):
         if ctx.tokens == 1:
             grad[:, :, ::block] += of_means
             return grad, None, None
-        if not torch.is_grad_enabled() and _kernels_serve(grad):  # else there is a second derivative to come
-            from sparsetile.kernels.triton_means import add_means
+        served = grad.is_cuda and grad.dtype != torch.float64 and grad.stride(-1) == 1
+        # A kernel's sum would have no second derivative.
+        served = served and not torch.is_grad_enabled()
+        if served and device_problem(grad.device, "gradients") is None:
+            from sparsetile.kernels.triton_spread import add_means
 
             add_means(grad, of_means.contiguous(), block)
             return grad, None, None
@@ -132,13 +131,6 @@ class _Beside(torch.autograd.Function):
         if length % block:
             grad[:, :, whole * block :] += of_means[:, :, whole:] / (length % block)
         return grad, None, None
-
-
-def _kernels_serve(x: Tensor) -> bool:
-    """Whether the Triton kernels of means, which have no gradient, take x."""
-    if not x.is_cuda or x.dtype == torch.float64 or x.stride(-1) != 1 or torch.compiler.is_compiling():
-        return False
-    return not (x.requires_grad and torch.is_grad_enabled()) and device_problem(x.device, "tokens") is None
 
 
 def group_queries(summaries: Tensor, groups: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Means of tiles, and rows added to the tokens of their tiles; in the interpreter if there is no GPU."""
+"""Rows added to the tokens of their tiles; in the interpreter if there is no GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from sparsetile.kernels.triton_means import add_means, tile_means
+from sparsetile.kernels.triton_spread import add_means
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,20 +37,3 @@ def test_every_token_gets_its_share(dtype: torch.dtype, dim: int, block: int, st
     torch.testing.assert_close(
         x, expected.to(dtype), rtol=2**-7 if dtype != torch.float32 else 1e-6, atol=1e-6, msg=f"seed {seed}"
     )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [16, 24, 128])
-@pytest.mark.parametrize("block", [16, 64, 128])
-@pytest.mark.parametrize("strided", [False, True])
-def test_means(dtype: torch.dtype, dim: int, block: int, strided: bool) -> None:
-    seed = random.getrandbits(40)
-    torch.manual_seed(seed)
-    length = random.Random(seed).randrange(1, 3 * block)
-    x = torch.randn(2, 3, length, dim, device=DEVICE).to(dtype)
-    if strided:
-        x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    means = tile_means(x, block)
-    expected = torch.stack([piece.double().mean(2) for piece in x.split(block, 2)], 2)
-    assert means.dtype == torch.float32 and means.is_contiguous()
-    torch.testing.assert_close(means.double(), expected, rtol=1e-5, atol=1e-6, msg=f"seed {seed}")
