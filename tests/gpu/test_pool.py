@@ -36,5 +36,5 @@ def test_pressure_is_that_of_the_device() -> None:
     for lease in [pool.lease((free // 4,), torch.uint8) for _ in range(2)]:
         lease.release()
     # What waits is of no use for a size this large, and must make room for it.
-    with pool.lease((int(0.85 * free),), torch.uint8):
+    with pool.lease((int(0.6 * free),), torch.uint8):
         assert pool.statistics().trimmed_bytes > 0 and pool.statistics().allocations == 3
