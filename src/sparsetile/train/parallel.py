@@ -198,16 +198,15 @@ def joined(context_parallel: int, device: str) -> Iterator[Parallel]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if ours:
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_TIMEOUT)
-    try:
-        world = Ranks.of(None)
-        with Parallel(world).said_once():
-            if world.size % context_parallel:
-                _refuse_processes(context_parallel, world.size)
-        grid = torch.arange(world.size, device="cpu").view(-1, context_parallel)
-        yield Parallel(world, Ranks.of(_groups(grid.T)), Ranks.of(_groups(grid)))
-    finally:
-        if ours:
-            dist.destroy_process_group()
+    world = Ranks.of(None)
+    with Parallel(world).said_once():
+        if world.size % context_parallel:
+            _refuse_processes(context_parallel, world.size)
+    grid = torch.arange(world.size, device="cpu").view(-1, context_parallel)
+    yield Parallel(world, Ranks.of(_groups(grid.T)), Ranks.of(_groups(grid)))
+    # Not where a rank fails: with NCCL this waits for the others, who may not come.
+    if ours:
+        dist.destroy_process_group()
 
 
 def _groups(grid: Tensor) -> dist.ProcessGroup:
