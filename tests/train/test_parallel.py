@@ -51,7 +51,7 @@ CORPUS = Corpus(
     "a fox",
     "fox",
 )
-# Sums of float32 in another order; measured 2e-7 after 30 steps, with room for unlucky seeds.
+# Sums of float32 in another order; the worst of twelve seeds and patterns was 8e-7 over 30 steps.
 CLOSE = 1e-5
 
 
@@ -101,7 +101,8 @@ def over_ranks(
         (3, 3, STRIDED, None),
         (4, 2, FULL, True),
         (2, 1, STRIDED, False),
-        (2, 1, Arm("dense", "dense"), False),
+        # More rows than held-out sequences.
+        (4, 1, Arm("dense", "dense"), False),
     ],
     ids=lambda value: value.attention if isinstance(value, Arm) else str(value),
 )

@@ -129,7 +129,7 @@ class Parallel:
         if self.first:
             try:
                 told[0] = read()
-            except SparsetileError as error:
+            except Exception as error:  # whatever it is, the others must not wait for this rank
                 told[1] = error
         with self.world.watched("what the first rank read"):
             dist.broadcast_object_list(told, 0, group=self.world.side())
@@ -186,7 +186,8 @@ def joined(context_parallel: int, device: str) -> Iterator[Parallel]:
     A process group that is there already is used, and stays. ``device`` is "cpu" or "cuda".
 
     Raises:
-        ArgumentError: the number of processes is no multiple of ``context_parallel``.
+        ArgumentError: the number of processes is no multiple of ``context_parallel`` (of several processes:
+            SystemExit, said once).
     """
     ours = not dist.is_initialized()
     if ours and int(os.environ.get("WORLD_SIZE", "1")) == 1:
