@@ -15,7 +15,6 @@ from sparsetile.train.arms import attention_of_learned
 from sparsetile.train.model import KEY_TAPS, QUERY_TAPS, Model, ModelConfig, rope_tables, rotate, shift
 
 SEED = random.SystemRandom().randrange(1 << 32)
-CPU = torch.device("cpu")
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -41,7 +40,7 @@ def test_shift_takes_each_part_from_its_tap() -> None:
 
 def test_rope_depends_on_the_difference_of_positions_and_spares_the_rest() -> None:
     torch.manual_seed(SEED)
-    tables = tuple(t.double() for t in rope_tables(50, 8, 10000.0, CPU))
+    tables = tuple(t.double() for t in rope_tables(torch.arange(50), 8, 10000.0))
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
     turned_q, turned_k = (rotate(x.expand(1, 1, 50, 16), (tables[0], tables[1])) for x in (q, k))
     scores = (turned_q @ turned_k.mT)[0, 0]

@@ -103,8 +103,22 @@ def attention_of(
     """
     if arm.attention == DENSE:
         return _dense, 1.0
+    layout = layout_of(arm, model, context, block, device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sparse_attention(q, k, v, layout, enable_gqa=True)
+
+    return attend, layout.causal_density
+
+
+def layout_of(arm: Arm, model: ModelConfig, context: int, block: int, device: torch.device) -> BlockLayout:
+    """The tiles of an arm with a pattern, made causal, over ``context`` tokens.
+
+    Raises:
+        PatternError: the pattern cannot be read, or does not fit the context.
+    """
     pattern = parse_pattern(arm.attention) & Causal()
-    layout = BlockLayout.from_pattern(
+    return BlockLayout.from_pattern(
         pattern,
         q_len=context,
         k_len=context,
@@ -112,11 +126,6 @@ def attention_of(
         device=device,
         heads=model.heads if pattern.needs_heads else None,
     )
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return sparse_attention(q, k, v, layout, enable_gqa=True)
-
-    return attend, layout.causal_density
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

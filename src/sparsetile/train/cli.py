@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sparsetile.adaptive.config import DISTILLATIONS
 from sparsetile.cli import above_zero, positive, token_count
-from sparsetile.environment import provenance
 from sparsetile.errors import ArgumentError, CheckpointError, explain
 from sparsetile.layout.blocks import BLOCK_SIZES
 from sparsetile.nn.adaptive import AdaptiveConfig
 from sparsetile.patterns import parse_pattern
-from sparsetile.train import report
 from sparsetile.train.arms import ARMS, DENSE, Arm, compared, default_pattern, named, window_of
 from sparsetile.train.checkpoint import load_checkpoint
+from sparsetile.train.console import introduce, leave, shown
 from sparsetile.train.data import Corpus, Planting, Sequences, load_corpus
-from sparsetile.train.loop import CHECKS, Settings
+from sparsetile.train.loop import CHECKS, Emit, Settings, Trainer
 from sparsetile.train.model import ModelConfig
-from sparsetile.train.process import ArmFailed, measured, trained
+from sparsetile.train.parallel import Parallel, joined
+from sparsetile.train.process import measured, trained
 
 _SPARSITY = 0.75
 _SPAN = 64
@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  sparsetile train --attention dense --data ~/books --checkpoint run.pt --resume\n"
         "  sparsetile train --arms adaptive --minutes 1 --checkpoint learned.pt\n"
         "  sparsetile train --arms adaptive,pattern,dense --sparsity 0.9 --context 8K\n"
+        "  torchrun --nproc-per-node 4 -m sparsetile train --context-parallel 2 --batch 2 --context 16K\n"
         "\n"
         "Sizes that are not given follow the device: context 4096 on a CPU, 131072 on a GPU."
     )
@@ -111,6 +112,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--block", type=int, choices=BLOCK_SIZES, help="tile edge (default 64 on a CPU, 128 on a GPU)")
     add("--lr", type=above_zero, metavar="R", help="highest learning rate (default 1/width, at most 0.008)")
     add("--plant", type=_fraction, metavar="F", help="share of bytes in far repeats (default 0.25; 0: none)")
+    add(
+        "--context-parallel",
+        type=positive,
+        default=1,
+        metavar="P",
+        help="with torchrun: P processes share each sequence, the others the batch (default 1)",
+    )
     add("--seed", type=int, default=0, metavar="S", help="of weights and data order (default 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="default: bf16 on a GPU, else fp32")
@@ -150,36 +158,87 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         SparsetileError: what is wrong with the arguments, the data or a checkpoint, in one line.
     """
+    with joined(args.context_parallel, _device(args.device)) as parallel:
+        return _alone(args) if parallel.world.size == 1 else _over_ranks(args, parallel)
+
+
+def _alone(args: argparse.Namespace) -> int:
     console = Console()
     settings, arms, corpus = resolve(args)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    _introduce(console, settings, corpus)
-    settings = _with_length(console, args, settings, arms)
-    results = [_train(console, arm, _of_arm(settings, arm, arms), args.data) for arm in arms]
-    console.print()
-    console.print(report.table(results))
-    for sentence in report.sentences(results) if len(arms) > 1 else []:
-        console.print(sentence)
-    missing = report.draw(out / "train.png", results)
-    report.write(
-        out / "train.json",
-        {
-            "command": "train",
-            **provenance(),
-            "settings": asdict(settings),
-            "equal": "time" if args.equal_time else "steps",
-            "data": {"description": corpus.description, "sha256": corpus.digest},
-            "arms": results,
-        },
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    introduce(console, settings, corpus)
+    settings = _with_length(
+        console,
+        args,
+        settings,
+        lambda: measured(arms, replace(settings, checkpoint=None, resume=False), args.data),
+        lambda: _saved_limit(settings, arms),
+        len(arms),
     )
-    console.print(missing or f"Curves: {out / 'train.png'}")
-    console.print(f"Results: {out / 'train.json'}")
+    results = []
+    for arm in arms:
+        own = _of_arm(settings, arm, arms)
+        results.append(shown(console, arm, partial(_result, trained(arm, own, args.data))))
+    leave(console, args, settings, corpus, Parallel(), results)
+    return _code(results)
+
+
+def _result(events: Iterator[dict[str, Any]], show: Emit) -> dict[str, Any]:
+    for event in events:
+        if event["event"] == "result":
+            return dict(event["result"])
+        show(event)
+    raise AssertionError("a process that ends well ends with a result")
+
+
+def _over_ranks(args: argparse.Namespace, parallel: Parallel) -> int:
+    """One rank of several: each trains in its own process, and the first one prints and writes."""
+    console = Console(quiet=not parallel.first)
+
+    def prepared() -> tuple[Settings, Arm, Corpus]:
+        settings, arms, corpus = resolve(args, parallel.dp.size)
+        if len(arms) > 1:
+            names = ", ".join(arm.name for arm in arms)
+            fix = "Train one with --attention PATTERN, the next in a run of its own."
+            _refuse(f"{parallel.world.size} processes", "one arm", names, fix)
+        if parallel.first:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+        return settings, arms[0], corpus
+
+    def facts(made: tuple[Settings, Arm, Corpus]) -> dict[str, object]:
+        settings, arm, corpus = made
+        length = {"minutes": args.minutes, "equal time": args.equal_time}
+        return {**asdict(settings), "arm": arm, "data": corpus.digest, **length}
+
+    with parallel.said_once():
+        settings, arm, corpus = parallel.agreed(prepared, facts)
+        introduce(console, settings, corpus)
+        console.print(f"Ranks: {parallel.dp.size} × {parallel.cp.size}, batch × context")
+        settings = _with_length(
+            console,
+            args,
+            settings,
+            lambda: {arm.name: Trainer(arm, settings, corpus, parallel).step_seconds()},
+            lambda: parallel.of_first(lambda: _saved_limit(settings, [arm])),
+            1,
+        )
+        trainer = Trainer(arm, settings, corpus, parallel)
+        trainer.resume()
+    results = [shown(console, arm, trainer.run)]
+    if parallel.first:
+        leave(console, args, settings, corpus, parallel, results)
+    return _code(results)
+
+
+def _code(results: list[dict[str, Any]]) -> int:
     return 1 if any("failed" in result for result in results) else 0
 
 
-def resolve(args: argparse.Namespace) -> tuple[Settings, list[Arm], Corpus]:
-    """The settings that ``args`` and this machine lead to; raises SparsetileError where they cannot be."""
+def resolve(args: argparse.Namespace, dp: int = 1) -> tuple[Settings, list[Arm], Corpus]:
+    """The settings that ``args`` and this machine lead to; raises SparsetileError where they cannot be.
+
+    ``dp``: ranks that share out the batch; by default it holds as many sequences at least.
+    """
     device = _device(args.device)
     sizes = _SIZES[device]
 
@@ -219,7 +278,7 @@ def resolve(args: argparse.Namespace) -> tuple[Settings, list[Arm], Corpus]:
         Settings(
             model=model,
             context=context,
-            batch=args.batch or max(1, sizes["tokens"] // context),
+            batch=args.batch or -(-max(1, sizes["tokens"] // context) // dp) * dp,
             block=block,
             lr=args.lr or min(0.008, 1.0 / model.width),
             seed=args.seed,
@@ -270,36 +329,25 @@ def _planting(
     return planting
 
 
-def _introduce(console: Console, settings: Settings, corpus: Corpus) -> None:
-    model = settings.model
-    console.print(f"Data: {corpus.description}")
-    console.print(
-        f"Model: {model.layers} layers, width {model.width}, {model.heads} heads, {model.kv_heads} of keys; "
-        f"{settings.batch} × {settings.context:,} bytes a step, {settings.dtype} on {settings.device}"
-    )
-    if settings.planting is None:
-        console.print("Far repeats: none planted")
-        return
-    planting = settings.planting
-    console.print(
-        f"Far repeats: {planting.fraction:.0%} of the bytes are random spans of {planting.span} bytes and "
-        f"their copies, more than {planting.far:,} bytes later"
-    )
-
-
-def _with_length(console: Console, args: argparse.Namespace, settings: Settings, arms: list[Arm]) -> Settings:
+def _with_length(
+    console: Console,
+    args: argparse.Namespace,
+    settings: Settings,
+    step_seconds: Callable[[], dict[str, float]],
+    saved_limit: Callable[[], dict[str, Any]],
+    arms: int,
+) -> Settings:
     """How long each arm trains: as asked, as the checkpoint says, or as many steps as fit the minutes."""
     if args.steps is not None:
         return settings
     minutes = args.minutes or _MINUTES[settings.device]
-    training = max(60.0 * minutes - _START_SECONDS[settings.device] * (len(arms) + 1), 15.0 * minutes)
+    training = max(60.0 * minutes - _START_SECONDS[settings.device] * (arms + 1), 15.0 * minutes)
     if args.equal_time:
-        return replace(settings, seconds=training / len(arms))
+        return replace(settings, seconds=training / arms)
     if args.resume:
-        limit = _saved_limit(settings, arms)
-        return replace(settings, **limit)
+        return replace(settings, **saved_limit())
     with console.status("Timing a step of each arm"):
-        seconds = measured(arms, replace(settings, checkpoint=None, resume=False), args.data)
+        seconds = step_seconds()
     # To look at a held-out sequence costs about a third of training on it.
     looks = CHECKS * settings.held_out_sequences / 3 / settings.batch
     steps = max(int(training / sum(seconds.values()) - looks), 10)
@@ -332,34 +380,3 @@ def _saved_limit(settings: Settings, arms: list[Arm]) -> dict[str, Any]:
             )
         )
     return dict(load_checkpoint(begun[0])["limit"])
-
-
-def _train(console: Console, arm: Arm, settings: Settings, data: str | None) -> dict[str, Any]:
-    console.print(f"\n[bold]{arm.name}[/bold]: {arm.attention}", highlight=False)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(30),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[now]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task(arm.name, total=1.0, now="starting")
-        try:
-            for event in trained(arm, settings, data):
-                if event["event"] == "step":
-                    now = (
-                        f"step {event['step']} · loss {event['bits'] * math.log(2):.3f} · "
-                        f"{event['bits']:.3f} bits/byte · "
-                        f"{event['tokens_per_second']:,.0f} tokens/s · {report.megabytes(event['memory'])}"
-                    )
-                    progress.update(bar, completed=event["progress"], now=now)
-                elif event["event"] == "check":
-                    copy = f", far repeats {event['copy']:.3f}" if "copy" in event else ""
-                    line = f"  step {event['step']:>6,}: held out {event['text']:.3f} bits/byte{copy}"
-                    progress.console.print(line, highlight=False)
-                elif event["event"] == "result":
-                    return dict(event["result"])
-        except ArmFailed as error:
-            console.print(f"  no result: {error}")
-            return {"name": arm.name, "attention": arm.attention, "failed": str(error)}
-    raise AssertionError("a process that ends well ends with a result")

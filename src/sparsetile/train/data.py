@@ -186,9 +186,10 @@ class Sequences:
                 )
             )
 
-    def training(self, step: int, batch: int) -> Batch:
-        """The batch of a step: random places in the training bytes."""
-        return self._stack([self._sequence("train", step * batch + row) for row in range(batch)])
+    def training(self, step: int, batch: int, rows: range | None = None) -> Batch:
+        """The batch of a step, or these rows of it: random places in the training bytes."""
+        rows = range(batch) if rows is None else rows
+        return self._stack([self._sequence("train", step * batch + row) for row in rows])
 
     def held_out(self, index: int) -> Batch:
         """Held-out sequence ``index`` as a batch of one: the same whatever was trained, and how long."""

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsetile.nn.adaptive import BlockSparseAdaptive
-from sparsetile.train.arms import Arm, attention_of, attention_of_learned
+from sparsetile.train.arms import Arm, attention_of, attention_of_learned, layout_of
 from sparsetile.train.checkpoint import load_checkpoint, require_same, save_checkpoint
 from sparsetile.train.data import COPY, COPY_START, SOURCE, START_BYTES, TEXT, Corpus, Planting, Sequences
 from sparsetile.train.memory import PeakMemory
 from sparsetile.train.model import Attention, Model, ModelConfig
+from sparsetile.train.parallel import Parallel, Tokens
 
 Emit = Callable[[dict[str, Any]], None]
 _WARM_UP = 10
@@ -58,10 +59,14 @@ class Settings:
 
 
 class Trainer:
-    """Model, optimiser and position of one arm."""
+    """Model, optimiser and position of one arm; over ranks, each of them has one and does the same."""
 
-    def __init__(self, arm: Arm, settings: Settings, corpus: Corpus) -> None:
+    def __init__(
+        self, arm: Arm, settings: Settings, corpus: Corpus, parallel: Parallel | None = None
+    ) -> None:
         self.arm, self.settings = arm, settings
+        self.parallel = Parallel() if parallel is None else parallel
+        self.parallel.check(arm, settings.context, settings.block, settings.batch)
         self.device = torch.device(settings.device)
         self.dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
         self.sequences = Sequences(corpus, settings.context, settings.seed, settings.planting)
@@ -73,7 +78,12 @@ class Trainer:
         self.learned = [x for x in self.model.learned if isinstance(x, BlockSparseAdaptive)]
         self.attention: Attention | Sequence[Attention] = attention_of_learned(self.model)
         self._density: float | None = None
-        if arm.adaptive is None:
+        self.tokens: Tokens | None = None
+        if self.parallel.cp.size > 1:
+            layout = layout_of(arm, settings.model, settings.context, settings.block, torch.device("cpu"))
+            self.tokens = Tokens(layout, self.parallel.cp, self.device)
+            self.attention, self._density = self.tokens.attend, layout.causal_density
+        elif arm.adaptive is None:
             self.attention, self._density = attention_of(
                 arm, settings.model, settings.context, settings.block, self.device
             )
@@ -122,17 +132,29 @@ class Trainer:
         return loss
 
     def _gradients(self) -> Tensor:
-        tokens = self._to_device(self.sequences.training(self.step, self.settings.batch).tokens)
+        batch = self.settings.batch
+        tokens = self.sequences.training(self.step, batch, self.parallel.rows(batch)).tokens
         self.optimiser.zero_grad(set_to_none=True)
-        logits = self.model(tokens[:, :-1], self.attention, self.dtype)
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        # This rank's share of the mean over all tokens.
+        loss = self._losses(tokens).sum() / (batch * self.settings.context)
         whole = loss
         if self.arm.adaptive is not None and self.arm.adaptive.distillation != "none":
             # It teaches what chooses tiles alone, so its weight moves nothing else.
             of_layers = torch.stack([x.distillation_loss() for x in self.learned])
             whole = loss + _DISTILLATION * of_layers.sum()
         whole.backward()  # type: ignore[no-untyped-call]
-        return loss.detach() / math.log(2)
+        return self.parallel.sum_gradients(self.model.parameters(), loss.detach()) / math.log(2)
+
+    def _losses(self, tokens: Tensor) -> Tensor:
+        """The loss of each of this rank's tokens, in nats, ``[B, n]``; ``tokens`` are whole sequences."""
+        tokens = self._to_device(tokens)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        if self.tokens is None:
+            logits = self.model(inputs, self.attention, self.dtype)
+        else:
+            here, targets = self.tokens, self.tokens.own(targets)
+            logits = self.model(here.own(inputs), self.attention, self.dtype, here.positions, here.shifted)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
     def _to_device(self, tokens: Tensor) -> Tensor:
         if self.device.type == "cuda":
@@ -157,7 +179,7 @@ class Trainer:
             start = time.perf_counter()
             self._try_step()
             times.append(time.perf_counter() - start)
-        return min(times[1:])
+        return self.parallel.most(min(times[1:]))
 
     # -- the run --------------------------------------------------------------------------------------
 
@@ -167,6 +189,8 @@ class Trainer:
         every = 8 if self.device.type == "cuda" else 1
         if self.device.type == "cuda":
             self._try_step()  # Kernels are compiled before the clock starts.
+        # All ranks have the same to save.
+        saves = self.settings.checkpoint if self.parallel.first else None
         saved = time.monotonic()
         due = (math.floor(self.progress() * CHECKS) + 1) / CHECKS
         while self.progress() < 1.0 and self.step != stop_after:
@@ -176,7 +200,7 @@ class Trainer:
             while self.step < limit and self.step % every:
                 loss = self.train_step()
             bits = loss.item()
-            took = time.perf_counter() - start
+            took = self.parallel.most(time.perf_counter() - start)
             self.seconds += took
             self.losses.append([self.step, self.seconds, bits])
             emit(
@@ -196,12 +220,14 @@ class Trainer:
             if self.progress() >= due and self.progress() < 1.0:
                 due = (math.floor(self.progress() * CHECKS) + 1) / CHECKS
                 self._check(emit)
-            if self.settings.checkpoint and time.monotonic() - saved > _SAVE_SECONDS:
-                self.save(Path(self.settings.checkpoint))
+            if saves and time.monotonic() - saved > _SAVE_SECONDS:
+                self.save(Path(saves))
                 saved = time.monotonic()
-        if self.settings.checkpoint:
-            self.save(Path(self.settings.checkpoint))
+        if saves:
+            self.save(Path(saves))
         held_out = self._check(emit)
+        own = self.memory.read()
+        peak = self.parallel.most(-1 if own is None else own)
         return {
             "name": self.arm.name,
             "attention": self.arm.attention,
@@ -210,8 +236,8 @@ class Trainer:
             "steps": self.step,
             "seconds": self.seconds,
             "tokens_per_second": self.step * tokens_in_step / max(self.seconds, 1e-9),
-            "peak_memory": self.memory.read(),
-            "memory_kind": self.memory.kind,
+            "peak_memory": None if peak < 0 else int(peak),
+            "memory_kind": self.memory.kind + (", most of any rank" if self.parallel.world.size > 1 else ""),
             "held_out": held_out,
             "losses": self.losses,
             "checks": self.checks,
@@ -232,20 +258,15 @@ class Trainer:
         ``copy_after_start`` leaves out the first 4 bytes of each, ``copy_start`` is these one by one: nobody
         can know the first, and few bytes match by chance in more than one place.
         """
-        bits = torch.zeros(4, dtype=torch.float64)
-        count = torch.zeros(4, dtype=torch.float64)
-        start_bits = torch.zeros(START_BYTES, dtype=torch.float64)
-        starts = 0
+        # In one tensor, since ranks add theirs up: bits and number of each kind of byte, bits of each of the
+        # first bytes of a copy, number of copies.
+        sums = torch.zeros(4 + 4 + START_BYTES + 1, dtype=torch.float64)
+        bits, count, start_bits, starts = torch.split(sums, [4, 4, START_BYTES, 1])
         self.model.eval()
-        for index in range(sequences):
+        for index in range(self.parallel.dp.rank, sequences, self.parallel.dp.size):
             batch = self.sequences.held_out(index)
-            tokens = self._to_device(batch.tokens)
-            logits = self.model(tokens[:, :-1], self.attention, self.dtype)
-            loss = (
-                F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-                .cpu()
-                .double()
-            )
+            each = self._losses(batch.tokens)
+            loss = (each if self.tokens is None else self.tokens.whole(each)).flatten().cpu().double()
             kinds = batch.kinds[:, 1:].flatten().long()
             bits.index_add_(0, kinds, loss / math.log(2))
             count.index_add_(0, kinds, torch.ones_like(loss))
@@ -253,6 +274,7 @@ class Trainer:
             first = kinds == COPY_START
             start_bits += loss[first].view(-1, START_BYTES).sum(0) / math.log(2)
             starts += int(first.sum()) // START_BYTES
+        self.parallel.sum_of_rows(sums)
         self.model.train()
         found: dict[str, Any] = {"text": _mean(bits, count, TEXT)}
         if count[COPY] > 0:
@@ -284,9 +306,14 @@ class Trainer:
             },
         )
 
+    def resume(self) -> None:
+        """Loads the checkpoint of the settings, if they ask for that."""
+        if self.settings.resume and self.settings.checkpoint:
+            self.load(Path(self.settings.checkpoint))
+
     def load(self, path: Path) -> None:
         """Continues from a checkpoint, exactly. Raises CheckpointError if it belongs to another run."""
-        state = load_checkpoint(path)
+        state = self.parallel.of_first(lambda: load_checkpoint(path))
         require_same(path, state["identity"], self.identity)
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -309,6 +336,5 @@ def train(
 ) -> dict[str, Any]:
     """Trains one arm, from its checkpoint if ``settings.resume``; see :meth:`Trainer.run`."""
     trainer = Trainer(arm, settings, corpus)
-    if settings.resume and settings.checkpoint:
-        trainer.load(Path(settings.checkpoint))
+    trainer.resume()
     return trainer.run(emit, stop_after)

@@ -42,6 +42,9 @@ _SHARPNESS_RATE = 4.0
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(q [B, H, N, D], k [B, Hkv, N, D], v [B, Hkv, N, D]) → [B, H, N, D]``, causal."""
+TokenShift = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""``x [B, N, C]`` → what queries and what keys are made from, each ``[B, N, C]``: :func:`token_shift`, or the
+same for tokens that do not lie together."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,16 @@ def shift(x: Tensor, taps: tuple[int, ...]) -> Tensor:
     return torch.cat([F.pad(part, (0, 0, tap, -tap)) if tap else part for part, tap in parts], dim=-1)
 
 
-def rope_tables(length: int, dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each float32 ``[length, dim/2]`` (Su et al. 2021, arXiv:2104.09864, eq. 15)."""
-    frequency = base ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
-    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
+def token_shift(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What queries and what keys are made from: ``x`` [B, N, C] shifted by their taps."""
+    return shift(x, QUERY_TAPS), shift(x, KEY_TAPS)
+
+
+def rope_tables(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each float32 ``[N, dim/2]`` for positions ``[N]`` (Su et al. 2021, arXiv:2104.09864,
+    eq. 15)."""
+    frequency = base ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angle = positions.float()[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
@@ -143,11 +152,14 @@ class Layer(nn.Module):
         by_head = weight.view(self.kv_heads, self.head_dim, -1)
         return by_head.repeat_interleave(self.heads // self.kv_heads, 0).flatten(0, 1)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
+    def forward(
+        self, x: Tensor, tables: tuple[Tensor, Tensor], attend: Attention, shifted: TokenShift
+    ) -> Tensor:
         h = norm(x)
         batch, length, _ = h.shape
-        q = self.q(shift(h, QUERY_TAPS)).view(batch, length, self.heads, -1).transpose(1, 2)
-        k = self.k(shift(h, KEY_TAPS)).view(batch, length, self.kv_heads, -1).transpose(1, 2)
+        of_q, of_k = shifted(h)
+        q = self.q(of_q).view(batch, length, self.heads, -1).transpose(1, 2)
+        k = self.k(of_k).view(batch, length, self.kv_heads, -1).transpose(1, 2)
         v = norm(self.v(h).view(batch, length, self.kv_heads, -1).transpose(1, 2))
         # Attention divides by √D what normalised queries and keys have, at most D.
         sharpness = _SHARPNESS * self.head_dim**-0.5 * (_SHARPNESS_RATE * self.sharpness).exp()
@@ -184,19 +196,27 @@ class Model(nn.Module):
         )
 
     def forward(
-        self, tokens: Tensor, attend: Attention | Sequence[Attention], dtype: torch.dtype = torch.float32
+        self,
+        tokens: Tensor,
+        attend: Attention | Sequence[Attention],
+        dtype: torch.dtype = torch.float32,
+        positions: Tensor | None = None,
+        shifted: TokenShift = token_shift,
     ) -> Tensor:
         """``tokens`` int64 [B, N] → logits float32 [B, N, 256], computed in ``dtype``.
 
-        ``attend``: one for all layers, or one for each.
+        ``attend``: one for all layers, or one for each. ``positions`` int64 [N] and ``shifted``: where these
+        tokens stand and what comes before them, if they are not a whole sequence.
         """
         config = self.config
         each = [attend] * config.layers if callable(attend) else attend
         rotated = max(2, config.head_dim // 8 * 2)
-        cos, sin = rope_tables(tokens.shape[1], rotated, config.rope_base, tokens.device)
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        cos, sin = rope_tables(positions, rotated, config.rope_base)
         tables = (cos.to(dtype), sin.to(dtype))
         x = norm(self.embed(tokens).to(dtype))
         for layer, of_layer in zip(self.layers, each, strict=True):
-            x = layer(x, tables, of_layer)
+            x = layer(x, tables, of_layer, shifted)
         logits: Tensor = self.head(norm(x)).float()
         return logits
