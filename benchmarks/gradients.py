@@ -10,7 +10,7 @@ processor time is given beside wall time. With ``--device cuda`` gradients are o
 same one, and gloo carries them.
 
 ``python benchmarks/gradients.py --learn 500`` trains the demo's language model, made small, on two processes
-over the loopback device, dense and compressed, from the same weights and batches.
+over the loopback device, dense and compressed, from the same weights and batches, with ``--seeds`` seeds.
 
 Both write their part of ``benchmarks/results/gradients_<machine>.json``.
 """
@@ -26,8 +26,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ LEARNERS: dict[str, dict[str, Any]] = {
     "dense": {},
     "topk 0.1, 20 steps of warm-up": {"gradient_compression_ratio": 0.1, "gradient_warmup_steps": 20},
     "topk 0.1, 150 steps of warm-up": {"gradient_compression_ratio": 0.1, "gradient_warmup_steps": 150},
+    "topk 0.1, 250 steps of warm-up": {"gradient_compression_ratio": 0.1, "gradient_warmup_steps": 250},
 }
 
 
@@ -208,13 +210,16 @@ class NextByte(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def learn_on_one_rank(rank: int, ranks: int, store: str, steps: int) -> None:
+def learn_on_one_rank(rank: int, ranks: int, store: str, steps: int, seeds: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    data = Sequences(load_corpus(None), 256, 0, None)
-    rows = {}
-    for name, settings in LEARNERS.items():
-        torch.manual_seed(0)
+    corpus = load_corpus(None)
+    rows: dict[str, dict[str, list[float]]] = {
+        name: {"training_loss": [], "held_out_loss": []} for name in LEARNERS
+    }
+    for seed, (name, settings) in product(range(seeds), LEARNERS.items()):
+        data = Sequences(corpus, 256, seed, None)
+        torch.manual_seed(seed)
         ddp = DistributedDataParallel(NextByte())
         compress_gradients(ddp, DistributedSparseConfig(**settings))
         optimizer = torch.optim.AdamW(ddp.parameters(), lr=3e-3)
@@ -227,23 +232,27 @@ def learn_on_one_rank(rank: int, ranks: int, store: str, steps: int) -> None:
             optimizer.step()
         with torch.no_grad():
             held_out = torch.stack([ddp.module(data.held_out(i).tokens.long()) for i in range(64)]).mean()
-        rows[name] = {"training_loss": loss.item(), "held_out_loss": held_out.item()}
+        rows[name]["training_loss"].append(loss.item())
+        rows[name]["held_out_loss"].append(held_out.item())
     if rank == 0:
         entries = sum(parameter.numel() for parameter in ddp.parameters())
         print(json.dumps({"steps": steps, "ranks": ranks, "entries": entries, "arms": rows}))
     dist.destroy_process_group()
 
 
-def learn(steps: int) -> dict[str, Any]:
+def learn(steps: int, seeds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--learn", str(steps), "--store", f"{folder}/store", "--rank"]
+        command = [sys.executable, __file__, "--learn", str(steps), "--seeds", str(seeds)]
+        command += ["--store", f"{folder}/store", "--rank"]
         processes = [
             subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(2)
         ]
-        outputs = [process.communicate(timeout=1800)[0] for process in processes]
+        outputs = [process.communicate(timeout=7200)[0] for process in processes]
     found: dict[str, Any] = json.loads(outputs[0].splitlines()[-1])
     for row in found["arms"].values():
-        row["held_out_over_dense"] = row["held_out_loss"] / found["arms"]["dense"]["held_out_loss"]
+        dense = found["arms"]["dense"]["held_out_loss"]
+        row["held_out_over_dense"] = [x / y for x, y in zip(row["held_out_loss"], dense, strict=True)]
+        row["mean_over_dense"] = mean(row["held_out_over_dense"])
     return found
 
 
@@ -257,11 +266,12 @@ def main() -> None:
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the gradients")
     options.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options.add_argument("--learn", type=int, metavar="STEPS", help="train instead")
+    options.add_argument("--seeds", type=int, default=3, help="of --learn")
     options.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     options.add_argument("--store", help=argparse.SUPPRESS)
     chosen = options.parse_args()
     if chosen.rank is not None and chosen.learn:
-        learn_on_one_rank(chosen.rank, 2, chosen.store, chosen.learn)
+        learn_on_one_rank(chosen.rank, 2, chosen.store, chosen.learn, chosen.seeds)
         return
     if chosen.rank is not None:
         sizes = chosen.matrices, chosen.width
@@ -272,7 +282,7 @@ def main() -> None:
     file = chosen.out / f"gradients_{machine}.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     if chosen.learn:
-        results["learning, 2 ranks"] = {**learn(chosen.learn), "provenance": provenance()}
+        results["learning, 2 ranks"] = {**learn(chosen.learn, chosen.seeds), "provenance": provenance()}
         file.write_text(json.dumps(results, indent=1) + "\n")
         print(json.dumps(results["learning, 2 ranks"]["arms"], indent=1))
         return
