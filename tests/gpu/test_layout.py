@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import sparsetile as st
 from sparsetile.adaptive.places import Places
+from sparsetile.adaptive.select import own_tiles
 from sparsetile.layout import BlockLayout
 from sparsetile.layout.schedule import Direction, schedule
 from sparsetile.patterns import Causal, Documents, LogStrided, Random
@@ -110,6 +113,54 @@ def test_places_can_be_captured():
         for name in ("indptr", "indices", "mask_ids", "masks"):
             assert torch.equal(getattr(places.layout, name).cpu(), getattr(expected.layout, name)), name
         assert torch.equal(places.slot.cpu(), expected.slot)
+
+
+def test_fake_tensors_have_places():
+    with FakeTensorMode():
+        fake = torch.zeros((1, 2, 4, 3), dtype=torch.int32, device="cuda")
+        places = Places.of(fake, 4, 60, 90, 16, True)
+    assert places.layout.indices.is_cuda and places.layout.capacity == 48
+
+
+def test_what_is_kept_is_of_a_stream_and_never_of_a_capture():
+    device = torch.device("cuda", torch.cuda.current_device())
+    where = {"offset_tokens": 0, "block": 16, "device": device}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        first = own_tiles(1003, 1003, **where)
+        assert own_tiles(1003, 1003, **where) is first
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            other = own_tiles(1003, 1003, **where)
+            assert other is not first and own_tiles(1003, 1003, **where) is other
+        assert own_tiles(1003, 1003, **where) is first
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inside, fresh = own_tiles(1003, 1003, **where), own_tiles(1004, 1004, **where)
+    assert inside is not first and own_tiles(1004, 1004, **where) is not fresh
+    graph.replay()
+    for made, count in ((first, 1003), (other, 1003), (inside, 1003), (fresh, 1004)):
+        assert torch.equal(made.cpu(), torch.arange(count))
+
+
+@pytest.mark.parametrize("form", ["mlp", "bilinear"])
+def test_an_adaptive_module_can_be_captured(form):
+    """And replays after what was kept between calls has been replaced by that of other lengths."""
+    module = st.create_adaptive_block_sparse(base_sparsity=0.7, form=form, block_size=32).cuda().eval()
+    inputs = [torch.randn(1, 1000, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    with torch.no_grad():
+        module(*inputs, is_causal=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = module(*inputs, is_causal=True)
+        for length in range(100, 140):
+            module(*(x[:, :length] for x in inputs), is_causal=True)
+        for x in inputs:
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(out, module(*inputs, is_causal=True))
 
 
 def test_topk_can_be_captured():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsetile.adaptive import places
 from sparsetile.adaptive.places import Places
@@ -145,4 +146,7 @@ def test_who_is_served() -> None:
     given = torch.zeros((1, 1, 2, 4), dtype=torch.int32)
     assert not places._in_kernels(given)
     assert places._in_kernels(given.to(DEVICE)) == (DEVICE == "cuda")
-    assert not places._in_kernels(given.expand(1, 1, 2, 4).repeat(1, 1, 1, 65).to(DEVICE))
+    assert not places._in_kernels(given.repeat(1, 1, 1, 65).to(DEVICE))
+    with FakeTensorMode():
+        fake = torch.zeros((1, 1, 2, 4), dtype=torch.int32, device="cuda")
+        assert fake.is_cuda and not places._in_kernels(fake)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from sparsetile.adaptive.config import PLACES_PER_BUDGET, AdaptiveConfig
+from sparsetile.adaptive.lasting import lasting
 from sparsetile.adaptive.places import Places
 from sparsetile.adaptive.scorer import ImportanceScorer
 from sparsetile.adaptive.search import in_one_kernel, two_level_tiles
 from sparsetile.adaptive.seen import Seen
-from sparsetile.adaptive.select import at_most, reach, select_tiles
+from sparsetile.adaptive.select import at_most, own_tiles, reach, select_tiles
 from sparsetile.kernels.triton_select import chosen_rows
 from sparsetile.patterns.budget import tiles_for
 
@@ -38,23 +39,10 @@ def choose_tiles(
     batch, groups, nq, nk = seen.shape
     own, last = seen.own, seen.reach
     most = config.places_for(nk)
-    options: dict[str, Any] = {}
-    whole = last
-    if seen.astride:
-        # How far the last row would reach with all of its queries: where the sequence ends is no business of
-        # those that it has.
-        offset = seen.k_len - seen.q_len
-        whole = reach(nq, nk + 1, is_causal=True, offset_tokens=offset, block=seen.block, device=own.device)
-    if config.selection == "top_k":
-        limit = tiles_for(config.density, whole + 1)
-        # The second tile of a row that lies astride counts, and is added below.
-        options["limit"] = (limit - (own < whole).long()).clamp(min=1) if seen.astride else limit
-    else:
+    limit = _limits(config, nq, nk, seen.k_len - seen.q_len, seen.is_causal, seen.astride, device=own.device)
+    options: dict[str, Any] = {"limit": limit}
+    if config.selection == "top_p":
         options |= {"top_p": config.p, "k_min": min(config.k_min, most)}
-        if seen.is_causal and config.k_max is None:
-            # Of its own past: a row's bound knows nothing of how long the sequence is.
-            bound = PLACES_PER_BUDGET * tiles_for(config.density, whole + 1)
-            options["limit"] = bound.clamp(min=config.k_min)
     # The own tile of a causal row holds what comes after its first query, so its score counts for nothing.
     # Where its mass is asked for, by top_p, it passes for a tile on the verge; the second tile of a row that
     # lies astride must take no place from others.
@@ -93,3 +81,29 @@ def choose_tiles(
         indices = torch.where(indices > own[:, None], -1, indices)
         indices = torch.cat((indices, second.to(indices.dtype)), -1)
     return Places.of(indices, seen.heads, seen.q_len, seen.k_len, seen.block, seen.is_causal)
+
+
+@lasting
+def _limits(
+    config: AdaptiveConfig,
+    nq: int,
+    nk: int,
+    offset: int,
+    is_causal: bool,
+    astride: bool,
+    *,
+    device: torch.device,
+) -> Tensor | None:
+    """int64 ``[nq]``: how many places each row may use; None if all may use as many as there are."""
+    where: dict[str, Any] = {"offset_tokens": offset, "block": config.block_size, "device": device}
+    # If astride, how far the last row would reach with all of its queries: where the sequence ends is no
+    # business of those that it has.
+    whole = reach(nq, nk + 1 if astride else nk, is_causal=is_causal, **where)
+    if config.selection == "top_k":
+        limit = tiles_for(config.density, whole + 1)
+        # The second tile of a row that lies astride counts, and is added beside the choice.
+        return (limit - (own_tiles(nq, nk, **where) < whole).long()).clamp(min=1) if astride else limit
+    if is_causal and config.k_max is None:
+        # Of its own past: a row's bound knows nothing of how long the sequence is.
+        return (PLACES_PER_BUDGET * tiles_for(config.density, whole + 1)).clamp(min=config.k_min)
+    return None

@@ -77,6 +77,6 @@ def _tensors(indices: Tensor, share: int, size: Sizes) -> tuple[Chosen, TopkTens
 
 
 def _in_kernels(indices: Tensor) -> bool:
-    if not indices.is_cuda or indices.shape[3] > _MOST_PLACES or torch.compiler.is_compiling():
+    if not indices.is_cuda or type(indices) is not Tensor or torch.compiler.is_compiling():
         return False
-    return device_problem(indices.device, "tiles") is None
+    return indices.shape[3] <= _MOST_PLACES and device_problem(indices.device, "tiles") is None

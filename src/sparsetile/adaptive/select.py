@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsetile.adaptive.lasting import lasting
 from sparsetile.errors import ArgumentError, explain
 from sparsetile.kernels.dropout import random_bits
 
@@ -36,6 +37,7 @@ class Selection(NamedTuple):
     indices: Tensor
 
 
+@lasting
 def reach(
     nq: int,
     nk: int,
@@ -61,6 +63,7 @@ def farthest(offset_tokens: int, block: int) -> int:
     return (block - 1 + offset_tokens) // block
 
 
+@lasting
 def own_tiles(
     nq: int, nk: int, *, offset_tokens: int, block: int, device: torch.device | str | None = None
 ) -> Tensor:
@@ -194,8 +197,14 @@ def select_tiles(
 def at_most(indices: Tensor, limit: Tensor) -> Tensor:
     """Selected tiles ``[B, G, nq, k]`` with at most ``limit`` places of each row used, ``[nq]`` or
     ``[B, G, nq]``; the others are −1."""
-    place = torch.arange(indices.shape[-1], device=indices.device)
+    place = _line(indices.shape[-1], device=indices.device)
     return torch.where(place < limit[..., None], indices, -1)
+
+
+@lasting
+def _line(count: int, *, device: torch.device) -> Tensor:
+    """int64 0 … count − 1"""
+    return torch.arange(count, device=device)
 
 
 def tiles_of_runs(runs: Tensor, span: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""Layouts of patterns, kept between calls: the only process state of sparsetile.
+"""Layouts of patterns, kept between calls: the only process state of sparsetile, but for the few tensors of
+``adaptive/lasting.py``.
 
 Learned layouts depend on data and never come here.
 """
