@@ -29,7 +29,7 @@ from sparsetile.patterns import Full, Pattern
 
 Order = Literal["contiguous", "balanced"]
 ORDERS = ("contiguous", "balanced")
-_VERSION = 1
+_VERSION = 2
 """Of what goes over the wire: ranks of different versions must not exchange."""
 
 
@@ -39,6 +39,7 @@ class Settings(NamedTuple):
     order: str
     is_causal: bool
     scale: float | None
+    dropout_p: float
     enable_gqa: bool
     backend: str
     block_size: int
@@ -81,7 +82,7 @@ def checked(
         )
     check_name(settings.backend)
     check_flag("is_causal", settings.is_causal)
-    check_settings(settings.scale, 0.0)
+    check_settings(settings.scale, settings.dropout_p, "dropout_p")
     check_mask(mask, query, key.shape[2])
     check_choices(settings.order, settings.keep)
     if not op.plain(query, key, value):

@@ -97,8 +97,7 @@ class BlockSparseRingDilatedAttention(Planned):
             weights: ``"dense"``: ``[B, Nq, Nk]`` (or ``[B, H, Nq, Nk]``), up to a size; ``"sparse"``: a
                 ``torch.sparse_bsr`` tensor that holds the kept tiles alone.
 
-        With a ``ring``, q, k, v and the mask are this rank's tokens of one sequence; dropout and weights are
-        refused.
+        With a ``ring``, q, k, v and the mask are this rank's tokens of one sequence; weights are refused.
 
         Returns:
             ``[B, Nq, H, D]`` in q's dtype, or a pair with the weights.
@@ -106,7 +105,7 @@ class BlockSparseRingDilatedAttention(Planned):
         Raises:
             ArgumentError, PatternError, BackendError: as :func:`sparsetile.sparse_attention`.
             MismatchError: ranks of the ring differ.
-            NotBuiltError: weights, or dropout in training, with a ring.
+            NotBuiltError: weights, with a ring.
         """
         if self.spread:
             return self._over_ranks(q, k, v, is_causal, key_padding_mask, need_weights)
@@ -167,10 +166,9 @@ class BlockSparseRingDilatedAttention(Planned):
         from sparsetile.distributed.attention import distributed_attention
         from sparsetile.distributed.ranks import Ranks
 
-        if need_weights or (self.training and self.dropout > 0.0):
+        if need_weights:
             problem = NotBuiltError(
-                "ring: softmax weights and dropout over several ranks are not built yet. Pass "
-                "need_weights=False and dropout=0.0."
+                "ring: softmax weights over several ranks are not built yet. Pass need_weights=False."
             )
             # Ranks that do not ask for them would wait for this one.
             Ranks.of(self.ring).agree({}, 0, problem)
@@ -184,6 +182,7 @@ class BlockSparseRingDilatedAttention(Planned):
             self.plan.pattern_for(is_causal),
             group=self.ring,
             scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0,
             key_padding_mask=key_padding_mask,
             block_size=self.plan.block_size,
             enable_gqa=True,
