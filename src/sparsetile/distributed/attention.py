@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -21,16 +21,16 @@ from sparsetile import op
 from sparsetile.arguments import checked_tile_bias
 from sparsetile.distributed.call import Order, Settings, check_choices, checked, described, sharding_by
 from sparsetile.distributed.exchange import Buffers, Exchange
-from sparsetile.distributed.plan import make_plan
+from sparsetile.distributed.layouts import layout_of, plan_of
 from sparsetile.distributed.rank_plan import RankPlan
 from sparsetile.distributed.ranks import Ranks
 from sparsetile.distributed.sharding import Sharding
 from sparsetile.errors import ArgumentError, BackendError, explain
-from sparsetile.functional import causal_of, merge_attention, sparse_attention
+from sparsetile.functional import merge_attention, sparse_attention
 from sparsetile.kernels.dropout import draw_seed
 from sparsetile.kernels.request import Gradients, Request
 from sparsetile.layout.blocks import BlockLayout
-from sparsetile.layout.cache import cached_layout
+from sparsetile.nn.weights import check_dense_size
 from sparsetile.patterns import Pattern
 
 
@@ -161,6 +161,30 @@ def distributed_attention(
     settings = Settings(
         order, is_causal, scale, dropout_p, enable_gqa, backend, block_size, max_remote_tokens, keep
     )
+    done = over_ranks(query, key, value, pattern, ranks, settings, key_padding_mask, tile_bias)
+    return (done.out, done.lse) if return_lse else done.out
+
+
+class Done(NamedTuple):
+    """A call's output and log-sum-exp, the layout of the whole sequence, on the CPU, and who holds what."""
+
+    out: Tensor
+    lse: Tensor
+    layout: BlockLayout
+    where: Sharding
+
+
+def over_ranks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern | str | BlockLayout,
+    ranks: Ranks,
+    settings: Settings,
+    key_padding_mask: Tensor | None,
+    tile_bias: Tensor | None,
+) -> Done:
+    """:func:`distributed_attention` over more than one rank, of arguments that nobody has looked at."""
     problem: Exception | None = None
     call: dict[str, object] = {}
     try:
@@ -171,33 +195,49 @@ def distributed_attention(
     tokens = draw = 0
     if problem is None:
         tokens = query.shape[2]
-        if dropout_p > 0.0:
+        if settings.dropout_p > 0.0:
             # On the CPU: what a device draws would have to be waited for, to be told. Every rank draws, so
             # that generators that were alike stay alike; rank 0's draw counts, so that they need not be.
             draw = int(draw_seed(torch.device("cpu")))
     counts, draw = ranks.agree(call, tokens, problem, draw)
     # From here on every rank does the same: what fails now fails on all of them.
     length = sum(counts)
-    where = sharding_by(order, length, ranks.size, block_size)
+    where = sharding_by(settings.order, length, ranks.size, settings.block_size)
     wanted = tuple(where.tokens_of(rank) for rank in range(ranks.size))
     if counts != wanted:
         raise ArgumentError(
             explain(
                 "tokens of the ranks",
-                expected=f"{list(wanted)} ({length} in whole tiles of {block_size}, {order})",
+                expected=f"{list(wanted)} ({length} in whole tiles of {where.block}, {settings.order})",
                 got=list(counts),
                 fix="Cut the sequence with shard_sequence.",
             )
         )
-    layout = _layout(pattern, is_causal, length, block_size, query.shape[1])
-    plan = _plan(layout, where, ranks.rank, query, key, max_remote_tokens)
-    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
-    # A fill: what is copied to a device is waited for.
-    seed = torch.full((1,), draw, dtype=torch.int64, device=query.device) if dropout_p > 0.0 else None
-    made = _Call(plan, ranks, block_size, scale, float(dropout_p), seed, key_padding_mask, backend, keep)
+    if settings.need_weights and settings.weights == "dense":
+        # Those of the rank that holds most, so that all refuse or none.
+        most = query.new_empty((*query.shape[:2], max(counts), query.shape[3]), device="meta")
+        check_dense_size(most, length)
+    layout = layout_of(pattern, settings.is_causal, length, where.block, query.shape[1])
+    plan = plan_of(layout, where, ranks.rank, query, key, settings.max_remote_tokens)
+    scale = 1.0 / math.sqrt(query.shape[3]) if settings.scale is None else float(settings.scale)
+    seed = None
+    if settings.dropout_p > 0.0:
+        # A fill: what is copied to a device is waited for.
+        seed = torch.full((1,), draw, dtype=torch.int64, device=query.device)
+    made = _Call(
+        plan,
+        ranks,
+        where.block,
+        scale,
+        float(settings.dropout_p),
+        seed,
+        key_padding_mask,
+        settings.backend,
+        settings.keep,
+    )
     biases = _biases(tile_bias, query, layout, plan)
     out, lse = _Spread.apply(made, query, key, value, *biases)  # type: ignore[no-untyped-call]
-    return (out, lse) if return_lse else out
+    return Done(out, lse, layout, where)
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,11 +326,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise BackendError(
-                "distributed_attention has no second derivative: expected backward() or torch.autograd.grad, "
-                "got create_graph=True. Use F.scaled_dot_product_attention where you need one."
-            )
+        refuse_second_derivative()
         q, k, v, out, lse, mask, *rest = ctx.saved_tensors
         call: _Call = replace(ctx.call, mask=mask)
         plan, wanted = call.plan, ctx.needs_input_grad[4:]
@@ -331,6 +367,15 @@ class _Spread(torch.autograd.Function):
         return None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *of_biases
 
 
+def refuse_second_derivative() -> None:
+    """Raises BackendError in a backward pass that shall be derived in its turn."""
+    if torch.is_grad_enabled():
+        raise BackendError(
+            "distributed_attention has no second derivative: expected backward() or torch.autograd.grad, "
+            "got create_graph=True. Use F.scaled_dot_product_attention where you need one."
+        )
+
+
 def _merged(done: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Parts over disjoint keys as one, in fp32."""
     part = part[0].to(part[1].dtype), part[1]
@@ -340,44 +385,6 @@ def _merged(done: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) -> 
 def _statistic(q: Tensor) -> Tensor:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.full(q.shape[:3], -math.inf, dtype=wide, device=q.device)
-
-
-def _layout(
-    pattern: Pattern | str | BlockLayout, is_causal: bool, length: int, block: int, heads: int
-) -> BlockLayout:
-    """The layout of the whole sequence, on the CPU."""
-    if isinstance(pattern, BlockLayout):
-        known = pattern._memo.get("on the cpu")
-        if not isinstance(known, BlockLayout):
-            # Kept with the layout, as the plan is with this one: read from a device once.
-            known = pattern.to("cpu")
-            if known is not pattern:
-                pattern._memo["on the cpu"] = known
-        return known
-    if isinstance(pattern, str):
-        pattern = op.parsed(pattern)
-    return cached_layout(causal_of(pattern) if is_causal else pattern, length, None, block, "cpu", heads)
-
-
-def _plan(
-    layout: BlockLayout, where: Sharding, rank: int, query: Tensor, key: Tensor, max_remote_tokens: int | None
-) -> RankPlan:
-    """This rank's plan on its device; kept with the layout, so the next call finds it."""
-    heads, kv_heads = query.shape[1], key.shape[1]
-    name = f"plan {where} {rank} {heads} {kv_heads} {max_remote_tokens} {query.device}"
-    known = layout._memo.get(name)
-    if not isinstance(known, RankPlan):
-        # Made in inference mode, autograd could not keep it for the backward of a later call.
-        with torch.inference_mode(False):
-            made = make_plan(
-                layout,
-                where,
-                kv_heads=kv_heads,
-                group_size=heads // kv_heads,
-                max_remote_tokens=max_remote_tokens,
-            )
-            known = layout._memo[name] = made.for_rank(rank).to(query.device)
-    return known
 
 
 def _biases(

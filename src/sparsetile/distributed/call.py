@@ -25,6 +25,7 @@ from sparsetile.kernels.request import Request
 from sparsetile.kernels.select import check_name, choose
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.cache import cached_layout
+from sparsetile.nn.weights import check_form
 from sparsetile.patterns import Full, Pattern
 
 Order = Literal["contiguous", "balanced"]
@@ -45,6 +46,8 @@ class Settings(NamedTuple):
     block_size: int
     max_remote_tokens: int | None
     keep: bool
+    need_weights: bool = False
+    weights: str = "dense"
 
 
 def checked(
@@ -85,6 +88,8 @@ def checked(
     check_settings(settings.scale, settings.dropout_p, "dropout_p")
     check_mask(mask, query, key.shape[2])
     check_choices(settings.order, settings.keep)
+    check_flag("need_weights", settings.need_weights)
+    check_form(settings.weights, settings.need_weights)
     if not op.plain(query, key, value):
         raise BackendError(
             explain(
