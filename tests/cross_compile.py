@@ -36,9 +36,9 @@ _NAMES = {
 
 def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict[str, Any]) -> Any:
     """The launch that a small call makes. Options: ``block``, ``whole`` (no partial tiles), ``short``
-    (at most two tiles a row), ``biased`` (a tile bias alone), ``featured`` (everything, with GQA); of
-    ``topk``, whose head_dim is hidden: see ``selection_of``; of ``rows`` and ``places``, whose head_dim is
-    the places of a row: see ``layout_of``."""
+    (at most two tiles a row), ``biased`` (a tile bias alone), ``featured`` (everything, with GQA), ``placed``
+    (dropout and padding of a part of a longer sequence, with GQA); of ``topk``, whose head_dim is hidden: see
+    ``selection_of``; of ``rows`` and ``places``, whose head_dim is the places of a row: see ``layout_of``."""
     if kernel in ("rows", "places"):
         return layout_of(kernel, head_dim, getattr(torch, dtype), options)
     from sparsetile.kernels import triton_launch
@@ -51,19 +51,24 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
     mask = torch.ones(1, 1, length, length, dtype=torch.bool)
     layout = BlockLayout.from_dense_mask(mask if options.get("whole") else mask.tril(), block)
     featured = options.get("featured", False)
+    placed = options.get("placed", False)
     biased = featured or options.get("biased", False)
     q = torch.zeros(1, heads, length, head_dim, dtype=getattr(torch, dtype))
-    k = q[:, : heads // 2] if featured else q
+    k = q[:, : heads // 2] if featured or placed else q
+    padding = torch.zeros(1, *([heads // 2] if placed else []), length, dtype=torch.bool)
+    tiles = torch.zeros(heads // 2, length // block, dtype=torch.int64)
     statistic = torch.zeros(1, heads, length)
     tile = torch.zeros(1, 1, layout.capacity) if biased else None
     request = Request(
         layout,
         0.1,
-        dropout_p=0.1 if featured else 0.0,
-        seed=torch.zeros(1, dtype=torch.int64) if featured else None,
-        key_padding_mask=torch.zeros(1, length, dtype=torch.bool) if featured else None,
+        dropout_p=0.1 if featured or placed else 0.0,
+        seed=torch.zeros(1, dtype=torch.int64) if featured or placed else None,
+        key_padding_mask=padding if featured or placed else None,
         attn_bias=torch.zeros(1, 1, length, length, dtype=q.dtype) if featured else None,
         tile_bias=tile,
+        q_tiles=tiles[0] if placed else None,
+        k_tiles=tiles if placed else None,
     )
     on = Target(TARGETS[target][3], 1)  # type: ignore[arg-type]
     if kernel == "topk":

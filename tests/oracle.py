@@ -44,7 +44,8 @@ def oracle(
     gradient).
 
     mask broadcasts to ``[B, H, Nq, Nk]``, True = may attend; attn_bias and tile_bias (written out per pair)
-    likewise; key_padding_mask ``[B, Nk]``, True = ignore; dropout_keep ``[B, H, Nq, Nk]``.
+    likewise; key_padding_mask ``[B, Nk]`` or ``[B, Hkv, Nk]``, True = ignore; dropout_keep
+    ``[B, H, Nq, Nk]``.
     """
     repeats = q.shape[1] // k.shape[1]
     q, k, v = q.double(), k.double(), v.double()
@@ -58,7 +59,7 @@ def oracle(
             allowed = allowed & finite
             logits = logits + torch.where(finite, bias.double(), 0.0)
     if key_padding_mask is not None:
-        allowed = allowed & ~key_padding_mask[:, None, None, :]
+        allowed = allowed & ~by_pair(key_padding_mask, repeats)
     empty = ~allowed.any(-1)
     peak = torch.where(allowed, logits, -math.inf).amax(-1).detach()
     peak = torch.where(empty, 0.0, peak)
@@ -69,6 +70,13 @@ def oracle(
     if dropout_keep is not None:
         weights = torch.where(dropout_keep, weights / (1 - dropout_p), 0.0)
     return torch.einsum("bhqk,bhkd->bhqd", weights, v), lse
+
+
+def by_pair(key_padding_mask: Tensor, repeats: int) -> Tensor:
+    """``[B, 1 or H, 1, Nk]`` of a mask ``[B, Nk]`` or ``[B, Hkv, Nk]``, for ``repeats`` heads a key head."""
+    if key_padding_mask.dim() == 2:
+        return key_padding_mask[:, None, None]
+    return torch.stack([x for x in key_padding_mask.unbind(1) for _ in range(repeats)], 1)[:, :, None]
 
 
 def random_mask(gen: random.Random, batch: int, heads: int, q_len: int, k_len: int, block: int) -> Tensor:
@@ -123,6 +131,8 @@ class Case:
     key_padding_mask: Tensor | None
     dropout_p: float
     dropout_seed: Tensor | None
+    q_tiles: Tensor | None = None
+    k_tiles: Tensor | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def request(self) -> Request:
@@ -134,6 +144,8 @@ class Case:
             key_padding_mask=self.key_padding_mask,
             attn_bias=self.attn_bias,
             tile_bias=self.tile_bias,
+            q_tiles=self.q_tiles,
+            k_tiles=self.k_tiles,
         )
 
     def dropout_keep(self) -> Tensor | None:
@@ -143,6 +155,16 @@ class Case:
         stream = torch.arange(batch * heads, device=self.q.device).view(batch, heads, 1, 1)
         query = torch.arange(q_len, device=self.q.device)[:, None]
         key = torch.arange(self.k.shape[2], device=self.q.device)
+        if self.q_tiles is not None and self.k_tiles is not None:
+            # Tile by tile, from the places that the tiles have in a longer sequence.
+            query = torch.cat([t * self.block + torch.arange(self.block) for t in self.q_tiles.tolist()])
+            query = query[:q_len, None].to(self.q.device)
+            lines = [
+                torch.cat([t * self.block + torch.arange(self.block) for t in line])[: self.k.shape[2]]
+                for line in self.k_tiles.expand(self.k.shape[1], -1).tolist()
+                for _ in range(heads // self.k.shape[1])
+            ]
+            key = torch.stack(lines)[:, None].to(self.q.device)
         return keep_mask(self.dropout_seed, self.dropout_p, stream, query, key)
 
     def expected(self) -> dict[str, Tensor]:
@@ -202,7 +224,8 @@ class Case:
             bias = bias + expand_tiles(leaf["tile_bias"], self.mask, self.block)
         bias = bias.masked_fill(~self.mask, -math.inf)
         if self.key_padding_mask is not None:
-            bias = bias.masked_fill(self.key_padding_mask[:, None, None, :], -math.inf)
+            repeats = self.q.shape[1] // self.k.shape[1]
+            bias = bias.masked_fill(by_pair(self.key_padding_mask, repeats), -math.inf)
         empty = (bias == -math.inf).all(-1, keepdim=True)
         bias = bias.masked_fill(empty, 0).to(self.q.dtype)
         out = F.scaled_dot_product_attention(
@@ -283,8 +306,9 @@ def random_case(
 ) -> Case:
     """A fresh problem.
 
-    Features: ``tile_bias``, ``attn_bias`` (with −inf), ``padding``, ``dropout``, ``lse`` (its gradient),
-    ``per_head`` and ``per_batch`` (layouts), ``gqa``, ``strided`` (operands stored ``[B, N, H, D]``).
+    Features: ``tile_bias``, ``attn_bias`` (with −inf), ``padding``, ``padding_by_head``, ``dropout``,
+    ``placed`` (dropout of tiles that lie anywhere in a longer sequence), ``lse`` (its gradient), ``per_head``
+    and ``per_batch`` (layouts), ``gqa``, ``strided`` (operands stored ``[B, N, H, D]``).
     """
     seed = random.SystemRandom().getrandbits(32) if seed is None else seed
     gen = random.Random(seed)
@@ -321,8 +345,17 @@ def random_case(
     if "padding" in features:
         padding = torch.rand((batch, k_len), generator=rng).to(device) < 0.2
         padding[0, k_len // 2 :] = True
-    if "dropout" in features:
+    if "padding_by_head" in features:
+        padding = torch.rand((batch, key_heads, k_len), generator=rng).to(device) < 0.2
+        padding[0, -1, k_len // 2 :] = True
+    if "dropout" in features or "placed" in features:
         dropout_seed = torch.tensor([gen.getrandbits(62)], device=device)
+    q_tiles = k_tiles = None
+    if "placed" in features:
+        lines = gen.choice((1, key_heads))
+        k_tiles = torch.stack([torch.randperm(1000, generator=rng)[: layout.k_blocks] for _ in range(lines)])
+        q_tiles = torch.randperm(1000, generator=rng)[: layout.q_blocks].to(device)
+        k_tiles = k_tiles.to(device)
     return Case(
         seed=seed,
         features=frozenset(features),
@@ -338,8 +371,10 @@ def random_case(
         attn_bias=attn_bias,
         tile_bias=tile_bias,
         key_padding_mask=padding,
-        dropout_p=0.25 if "dropout" in features else 0.0,
+        dropout_p=0.25 if dropout_seed is not None else 0.0,
         dropout_seed=dropout_seed,
+        q_tiles=q_tiles,
+        k_tiles=k_tiles,
         device=torch.device(device),
     )
 

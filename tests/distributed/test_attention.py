@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -35,6 +35,7 @@ class Case:
     order: str = "contiguous"
     most: int | None = None
     padded: bool = False
+    dropout: float = 0.0
     biased: bool = False
     dtype: torch.dtype = torch.float64
     options: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +66,7 @@ class Case:
     def common(self) -> dict[str, Any]:
         return {
             "is_causal": self.is_causal and not self.biased,
+            "dropout_p": self.dropout,
             "block_size": BLOCK,
             "enable_gqa": True,
             "return_lse": True,
@@ -75,9 +77,10 @@ def alone(case: Case) -> dict[str, Tensor]:
     """The single process."""
     made = case.tensors()
     leaves = {name: x.requires_grad_() for name, x in made.items() if not name.startswith("grad")}
-    bias = leaves.get("bias")
+    bias, mask = leaves.get("bias"), case.mask()
+    torch.manual_seed(case.seed + 2)  # dropout's seed is drawn next
     out, lse = st.sparse_attention(
-        leaves["q"], leaves["k"], leaves["v"], case.layout(), key_padding_mask=case.mask(), tile_bias=bias,
+        leaves["q"], leaves["k"], leaves["v"], case.layout(), key_padding_mask=mask, tile_bias=bias,
         **case.common(),
     )  # fmt: skip
     total = (out * made["grad"]).sum() + (lse * made["grad_lse"]).masked_fill(lse.isinf(), 0.0).sum()
@@ -99,6 +102,7 @@ def on_rank(rank: int, world: int, cases: list[Case]) -> list[dict[str, Tensor]]
         if case.biased:
             leaves["bias"] = made["bias"].requires_grad_()
         mask = case.mask()
+        torch.manual_seed(case.seed + 2 + rank)  # of the draws of all ranks that of rank 0 counts
         out, lse = distributed_attention(
             leaves["q"], leaves["k"], leaves["v"], case.layout(), order=case.order,
             key_padding_mask=None if mask is None else mask[:, where.positions_of(rank)],
@@ -136,7 +140,8 @@ def drawn(seed: int) -> list[Case]:
             is_causal=is_causal,
             order=draw.choice(["contiguous", "balanced"]),
             most=draw.choice([None, None, BLOCK, 3 * BLOCK]),
-            padded=draw.random() < 0.4 and not isinstance(pattern, (st.Random, st.Strided)),
+            padded=draw.random() < 0.4,
+            dropout=draw.choice([0.0, 0.0, 0.3]),
             biased=draw.random() < 0.4,
         )
         for pattern in patterns
@@ -157,6 +162,58 @@ def test_every_world_size_computes_what_one_process_does(world: int) -> None:
                 where = f"rank {rank}, {name}, {case}"
                 close = torch.allclose(got[name], value, rtol=1e-10, atol=1e-10)
                 assert close, f"{where}: off by {(got[name] - value).abs().max():.3g}"
+
+
+def with_dropout(seed: int) -> list[Case]:
+    """Key heads that share their tiles and that do not, kept tiles and tiles that are sent again."""
+    again = {"keep": False}
+    by_head = st.Random(0.3, seed=seed, by_head=True)
+    return [
+        Case(seed, st.Local(30) | st.Global(5), 200, 4, 2, is_causal=True, dropout=0.3, options=again),
+        Case(seed, by_head, 230, 4, 2, order="balanced", most=2 * BLOCK, dropout=0.4),
+        Case(seed, by_head, 230, 4, 4, padded=True, biased=True, dropout=0.2, options=again),
+        Case(seed, by_head, 170, 4, 1, padded=True, is_causal=True, most=BLOCK, dropout=0.5),
+        Case(seed, st.Anchored(96, 4, group_size=2), 211, 4, 2, padded=True, most=3 * BLOCK),
+    ]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_every_world_size_drops_and_pads_what_one_process_does(world: int) -> None:
+    cases = with_dropout(random.getrandbits(30))
+    expected = [alone(case) for case in cases]
+    for case, want in zip(cases, expected, strict=True):
+        plain = alone(replace(case, dropout=0.0, padded=False))
+        assert all(not torch.equal(plain[name], value) for name, value in want.items() if name != "lse")
+    for rank, found in enumerate(run_ranks(on_rank, world, cases)):
+        for case, want, got in zip(cases, expected, found, strict=True):
+            for name, value in want.items():
+                close = torch.allclose(got[name], value, rtol=1e-10, atol=1e-10)
+                assert close, f"rank {rank}, {name}, {case}"
+
+
+def by_triton(rank: int, world: int, seed: int) -> None:
+    """Its kernels, in their interpreter."""
+    case = Case(seed, st.Anchored(64, 2, group_size=2), 60, 4, 2, padded=True, biased=True, dropout=0.4)
+    case.dtype = torch.float32
+    expected = alone(case)
+    case.options["backend"] = "triton"
+    for name, got in on_rank(rank, world, [case])[0].items():
+        torch.testing.assert_close(got, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled, for GPUs")
+def test_triton_drops_and_pads_over_ranks() -> None:
+    run_ranks(by_triton, 2, random.getrandbits(30))
+
+
+def dropped_twice(rank: int, world: int) -> bool:
+    x = torch.randn(1, 2, 2 * BLOCK, 8)
+    one, other = (distributed_attention(x, x, x, st.Full(), block_size=BLOCK, dropout_p=0.5) for _ in "ab")
+    return torch.equal(one, other)
+
+
+def test_every_call_draws_anew() -> None:
+    assert run_ranks(dropped_twice, 2) == [False, False]
 
 
 def test_sixty_four_ranks() -> None:
@@ -279,6 +336,10 @@ def disagreeing(rank: int, world: int, what: str) -> str:
             v = v.requires_grad_()
         elif what == "setting":
             settings["scale"] = 0.3
+        elif what == "dropout":
+            settings["dropout_p"] = 0.3
+        elif what == "no share":
+            settings["dropout_p"] = 1.0
         elif what == "spelling":
             settings["block_size"] = str(BLOCK)
         elif what == "flag":
@@ -302,6 +363,8 @@ _DIFFERENT = [
     "gradient",
     "value gradient",
     "setting",
+    "dropout",
+    "no share",
     "spelling",
     "flag",
 ]
@@ -331,11 +394,12 @@ def test_what_no_rank_can_do_is_the_error_of_one_process(monkeypatch: pytest.Mon
 
 def named_reference(rank: int, world: int) -> None:
     """The dense backend, too, gives each part its share of the gradients."""
-    case = Case(9, st.Local(40), 150, 4, 2, padded=True, biased=True, most=2 * BLOCK)
-    expected = alone(case)
-    case.options["backend"] = "reference"
-    for name, got in on_rank(rank, world, [case])[0].items():
-        torch.testing.assert_close(got, expected[name], rtol=1e-10, atol=1e-10)
+    plain = Case(9, st.Local(40), 150, 4, 2, padded=True, biased=True, most=2 * BLOCK)
+    for case in (plain, *with_dropout(9)):
+        expected = alone(case)
+        case.options["backend"] = "reference"
+        for name, got in on_rank(rank, world, [case])[0].items():
+            torch.testing.assert_close(got, expected[name], rtol=1e-10, atol=1e-10)
 
 
 def test_the_reference_over_ranks() -> None:

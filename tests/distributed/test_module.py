@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 import sparsetile as st
 from processes import run_ranks
 from sparsetile.distributed import shard_sequence, unshard_sequence
-from sparsetile.errors import ArgumentError, MismatchError, NotBuiltError
+from sparsetile.distributed.call import sharding_by
+from sparsetile.errors import ArgumentError, MismatchError
 
 CONFIG = st.SparsePatternConfig("global_local", 0.3, block_size=16, global_tokens=16)
 
@@ -22,7 +23,8 @@ def over_ranks(rank: int, world: int, order: str, lean: bool) -> None:
     torch.manual_seed(1)
     x = [torch.randn(2, 300, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     padding = torch.rand(2, 300) < 0.2
-    whole = st.BlockSparseRingDilatedAttention(sparse_config=CONFIG)
+    whole = st.BlockSparseRingDilatedAttention(sparse_config=CONFIG, dropout=0.2)
+    torch.manual_seed(2)
     expected = whole(*x, is_causal=True, key_padding_mask=padding)
     weight = torch.randn_like(expected)
     wanted = torch.autograd.grad((expected * weight).sum(), x)
@@ -30,11 +32,13 @@ def over_ranks(rank: int, world: int, order: str, lean: bool) -> None:
         "distributed",
         sparse_config=CONFIG,
         order=order,
+        dropout=0.2,
         distributed_config=st.DistributedSparseConfig(enable_memory_optimization=lean),
     )
     where = module.sharding_for(300)
     pieces = [shard_sequence(y, 1, where) for y in x]
     mask = shard_sequence(padding, 1, where)
+    torch.manual_seed(2)
     out = unshard_sequence(module(*pieces, is_causal=True, key_padding_mask=mask), 1, where)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     got = torch.autograd.grad((out * weight).sum(), x)
@@ -46,6 +50,29 @@ def over_ranks(rank: int, world: int, order: str, lean: bool) -> None:
 @pytest.mark.parametrize("lean", [False, True])
 def test_every_rank_gets_its_share_of_the_whole(order: str, lean: bool) -> None:
     run_ranks(over_ranks, 3, order, lean)
+
+
+def with_weights(rank: int, world: int) -> None:
+    torch.manual_seed(3)
+    x = torch.randn(2, 150, 2, 8, dtype=torch.float64)
+    settings = {"need_weights": True, "average_attn_weights": False}
+    for module in (
+        st.BlockSparseRingDistributedDilatedAttention(sparse_config=CONFIG, order="balanced"),
+        st.BlockSparseRingDilatedAttention(sparse_config=CONFIG, ring=torch.distributed.group.WORLD),
+    ):
+        whole = st.BlockSparseRingDilatedAttention(sparse_config=CONFIG)
+        out, weights = whole(x, x, x, True, **settings)
+        order = getattr(module, "order", "contiguous")
+        where = sharding_by(order, 150, world, 16)
+        piece = shard_sequence(x, 1, where)
+        got, got_weights = module(piece, piece, piece, True, **settings)
+        torch.testing.assert_close(unshard_sequence(got, 1, where), out, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(unshard_sequence(got_weights, 2, where), weights, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_softmax_weights_over_ranks(world: int) -> None:
+    run_ranks(with_weights, world)
 
 
 def on_a_mesh(rank: int, world: int) -> None:
@@ -74,10 +101,10 @@ def wrong_on_one(rank: int, world: int) -> str:
     q: Any = x if rank else x[0, 0]
     with pytest.raises(MismatchError, match=r"rank 0: query, key, value: expected") as raised:
         module(q, x, x)
-    with pytest.raises(NotBuiltError, match="need_weights"):
-        module(x, x, x, need_weights=True)
-    with pytest.raises(MismatchError, match="rank 1: ring"):
+    with pytest.raises(MismatchError, match="need_weights: False on rank 0, True on rank 1"):
         module(x, x, x, need_weights=rank == 1)
+    with pytest.raises(MismatchError, match="rank 1: weights"):
+        module(x, x, x, weights="sparse" if rank else "dense")
     return str(raised.value)
 
 

@@ -20,6 +20,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 HEAD_DIMS = [16, 32, 64, 80, 96, 128, 256]
 BLOCKS = [16, 32, 64, 128]
 FEATURES = ["tile_bias", "attn_bias", "padding", "dropout", "lse", "per_head", "per_batch", "gqa", "strided"]
+FEATURES += ["padding_by_head", "placed"]
 
 
 def length_for(block):

@@ -7,9 +7,11 @@ from oracle import check, random_case, relative_error, run
 from sparsetile.kernels import reference
 
 FEATURES = ["tile_bias", "attn_bias", "padding", "dropout", "lse", "per_head", "per_batch", "gqa", "strided"]
+OF_PARTS = ["padding_by_head", "placed"]
+"""What only the parts of a sequence over ranks have."""
 
 
-@pytest.mark.parametrize("feature", ["none", *FEATURES])
+@pytest.mark.parametrize("feature", ["none", *FEATURES, *OF_PARTS])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_each_feature(feature, dtype):
     check(reference, random_case(dtype=dtype, features={feature}, q_len=77, k_len=101))
@@ -18,6 +20,11 @@ def test_each_feature(feature, dtype):
 @pytest.mark.parametrize("drop", ["per_head", "per_batch", "gqa"])
 def test_all_features_together(drop):
     check(reference, random_case(dtype=torch.float64, features=set(FEATURES) - {drop, "gqa"}))
+
+
+@pytest.mark.parametrize("of_head", ["gqa", "per_head"])
+def test_features_of_parts_together(of_head):
+    check(reference, random_case(dtype=torch.float64, features={*OF_PARTS, of_head, "tile_bias", "lse"}))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

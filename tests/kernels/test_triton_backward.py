@@ -63,6 +63,9 @@ def test_blocks_with_ragged_tails(block: int) -> None:
         {"per_batch", "tile_bias", "lse"},
         {"per_batch", "per_head", "gqa", "tile_bias", "attn_bias", "padding", "dropout", "lse", "strided"},
         {"gqa", "tile_bias", "attn_bias", "padding", "dropout", "lse"},
+        {"placed"},
+        {"padding_by_head", "gqa"},
+        {"placed", "padding_by_head", "per_head", "gqa", "tile_bias", "lse"},
     ],
     ids=lambda features: "+".join(sorted(features)),
 )
@@ -77,10 +80,15 @@ def test_group_summed_inside_the_program(monkeypatch: pytest.MonkeyPatch) -> Non
     check(
         triton_backend, random_case(block=16, q_len=40, heads=4, key_heads=1, head_dim=16, features=features)
     )
+    features = {"placed", "padding_by_head"}
+    check(
+        triton_backend, random_case(block=16, q_len=40, heads=4, key_heads=2, head_dim=16, features=features)
+    )
 
 
 @pytest.mark.parametrize(
-    "features", [{"gqa", "tile_bias"}, {"per_head", "padding"}, {"per_batch", "dropout"}]
+    "features",
+    [{"gqa", "tile_bias"}, {"per_head", "padding"}, {"per_batch", "dropout"}, {"placed", "padding_by_head"}],
 )
 def test_split_rows_and_columns(features: set[str]) -> None:
     case = random_case(block=16, q_len=40, k_len=50, heads=2, head_dim=16, features=features)

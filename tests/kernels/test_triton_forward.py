@@ -76,6 +76,8 @@ def test_lengths_around_a_block(q_len: int) -> None:
         {"per_batch", "tile_bias"},
         {"per_batch", "per_head", "padding"},
         {"attn_bias", "padding", "strided"},
+        {"placed", "gqa"},
+        {"placed", "padding_by_head", "per_head"},
     ],
     ids=lambda features: "+".join(sorted(features)),
 )

@@ -93,7 +93,10 @@ def fresh(x: Tensor | None) -> Tensor | None:
 
 def other_values(case: Case) -> Case:
     names = ("q", "k", "v", "grad_out", "grad_lse", "attn_bias", "tile_bias")
-    return replace(case, **{name: fresh(getattr(case, name)) for name in names})
+    new = {name: fresh(getattr(case, name)) for name in names}
+    if case.k_tiles is not None:
+        new["q_tiles"], new["k_tiles"] = torch.randint_like(case.q_tiles, 99), case.k_tiles + 1
+    return replace(case, **new)
 
 
 @pytest.mark.parametrize("chunk", [1, 1000])
@@ -103,6 +106,7 @@ def other_values(case: Case) -> Case:
         set(),
         {"gqa", "strided", "lse"},
         {"per_head", "tile_bias", "attn_bias", "padding", "dropout", "lse"},
+        {"placed", "padding_by_head"},
     ],
     ids=lambda features: "+".join(sorted(features)) or "plain",
 )
@@ -155,6 +159,16 @@ CHANGES: dict[str, Callable[[Case], Case]] = {
     "grouped heads": lambda c: replace(c, k=c.k[:, :1].contiguous(), v=c.v[:, :1].contiguous()),
     "padding": lambda c: replace(c, key_padding_mask=torch.zeros(1, c.k.shape[2], dtype=torch.bool)),
     "dropout": lambda c: replace(c, dropout_p=0.5, dropout_seed=torch.tensor([7])),
+    "padding by head": lambda c: replace(
+        c, key_padding_mask=torch.zeros(1, 2, c.k.shape[2], dtype=torch.bool)
+    ),
+    "places": lambda c: replace(
+        c,
+        dropout_p=0.5,
+        dropout_seed=torch.tensor([7]),
+        q_tiles=torch.arange(9)[-c.layout.q_blocks :],
+        k_tiles=torch.arange(9)[None, -c.layout.k_blocks :],
+    ),
     "tile bias": lambda c: replace(c, tile_bias=torch.randn(1, 1, c.layout.capacity)),
     "attention bias": lambda c: replace(c, attn_bias=torch.randn(1, 1, c.q.shape[2], c.k.shape[2])),
 }

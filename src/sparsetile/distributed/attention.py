@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -21,15 +21,16 @@ from sparsetile import op
 from sparsetile.arguments import checked_tile_bias
 from sparsetile.distributed.call import Order, Settings, check_choices, checked, described, sharding_by
 from sparsetile.distributed.exchange import Buffers, Exchange
-from sparsetile.distributed.plan import make_plan
+from sparsetile.distributed.layouts import layout_of, plan_of
 from sparsetile.distributed.rank_plan import RankPlan
 from sparsetile.distributed.ranks import Ranks
 from sparsetile.distributed.sharding import Sharding
-from sparsetile.errors import ArgumentError, BackendError, NotBuiltError, explain
-from sparsetile.functional import causal_of, merge_attention, sparse_attention
+from sparsetile.errors import ArgumentError, BackendError, explain
+from sparsetile.functional import merge_attention, sparse_attention
+from sparsetile.kernels.dropout import draw_seed
 from sparsetile.kernels.request import Gradients, Request
 from sparsetile.layout.blocks import BlockLayout
-from sparsetile.layout.cache import cached_layout
+from sparsetile.nn.weights import check_dense_size
 from sparsetile.patterns import Pattern
 
 
@@ -44,6 +45,7 @@ def distributed_attention(
     order: Order = ...,
     is_causal: bool = ...,
     scale: float | None = ...,
+    dropout_p: float = ...,
     key_padding_mask: Tensor | None = ...,
     tile_bias: Tensor | None = ...,
     block_size: int = ...,
@@ -66,6 +68,7 @@ def distributed_attention(
     order: Order = ...,
     is_causal: bool = ...,
     scale: float | None = ...,
+    dropout_p: float = ...,
     key_padding_mask: Tensor | None = ...,
     tile_bias: Tensor | None = ...,
     block_size: int = ...,
@@ -87,6 +90,7 @@ def distributed_attention(
     order: Order = "contiguous",
     is_causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
     key_padding_mask: Tensor | None = None,
     tile_bias: Tensor | None = None,
     block_size: int = 128,
@@ -113,6 +117,9 @@ def distributed_attention(
         order: ``"contiguous"``: rank 0 holds the first tokens, and so on. ``"balanced"``: chunks r and
             2·ranks − 1 − r, so that causal attention gives all ranks as much to do.
         is_causal, scale, backend, return_lse: as for :func:`sparsetile.sparse_attention`.
+        dropout_p: share of the softmax weights to drop, in [0, 1). Which ones depends on positions in the
+            whole sequence and a seed that rank 0 draws from the CPU's generator: not on how many ranks there
+            are. (One process draws from its device's generator.)
         key_padding_mask: bool ``[B, n]`` of this rank's tokens, True = ignore this key.
         tile_bias: fp32, as for ``sparse_attention`` with a BlockLayout, of the whole layout, the same on
             every rank. A rank's gradient of it holds the share of its own queries: add them up over ranks, as
@@ -130,7 +137,6 @@ def distributed_attention(
         RankLostError: a rank did not take part; forward or backward.
         ArgumentError, PatternError, LayoutError, BackendError: as ``sparse_attention``, where all ranks make
             the same mistake; a second derivative.
-        NotBuiltError: key padding with a pattern that differs by head.
     """
     ranks = Ranks.of(group)
     if ranks.size == 1:
@@ -143,6 +149,7 @@ def distributed_attention(
             pattern,
             is_causal=is_causal,
             scale=scale,
+            dropout_p=dropout_p,
             key_padding_mask=key_padding_mask,
             tile_bias=tile_bias,
             block_size=block_size,
@@ -151,7 +158,33 @@ def distributed_attention(
             return_lse=True,
         )
         return (out, lse) if return_lse else out
-    settings = Settings(order, is_causal, scale, enable_gqa, backend, block_size, max_remote_tokens, keep)
+    settings = Settings(
+        order, is_causal, scale, dropout_p, enable_gqa, backend, block_size, max_remote_tokens, keep
+    )
+    done = over_ranks(query, key, value, pattern, ranks, settings, key_padding_mask, tile_bias)
+    return (done.out, done.lse) if return_lse else done.out
+
+
+class Done(NamedTuple):
+    """A call's output and log-sum-exp, the layout of the whole sequence, on the CPU, and who holds what."""
+
+    out: Tensor
+    lse: Tensor
+    layout: BlockLayout
+    where: Sharding
+
+
+def over_ranks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern | str | BlockLayout,
+    ranks: Ranks,
+    settings: Settings,
+    key_padding_mask: Tensor | None,
+    tile_bias: Tensor | None,
+) -> Done:
+    """:func:`distributed_attention` over more than one rank, of arguments that nobody has looked at."""
     problem: Exception | None = None
     call: dict[str, object] = {}
     try:
@@ -159,33 +192,52 @@ def distributed_attention(
         call = described(query, key, value, pattern, key_padding_mask, tile_bias, settings)
     except Exception as error:  # whatever it is, the others must not wait for this rank
         problem = error
-    tokens = 0 if problem is not None else query.shape[2]
-    counts = ranks.agree(call, tokens, problem)
+    tokens = draw = 0
+    if problem is None:
+        tokens = query.shape[2]
+        if settings.dropout_p > 0.0:
+            # On the CPU: what a device draws would have to be waited for, to be told. Every rank draws, so
+            # that generators that were alike stay alike; rank 0's draw counts, so that they need not be.
+            draw = int(draw_seed(torch.device("cpu")))
+    counts, draw = ranks.agree(call, tokens, problem, draw)
     # From here on every rank does the same: what fails now fails on all of them.
     length = sum(counts)
-    where = sharding_by(order, length, ranks.size, block_size)
+    where = sharding_by(settings.order, length, ranks.size, settings.block_size)
     wanted = tuple(where.tokens_of(rank) for rank in range(ranks.size))
     if counts != wanted:
         raise ArgumentError(
             explain(
                 "tokens of the ranks",
-                expected=f"{list(wanted)} ({length} in whole tiles of {block_size}, {order})",
+                expected=f"{list(wanted)} ({length} in whole tiles of {where.block}, {settings.order})",
                 got=list(counts),
                 fix="Cut the sequence with shard_sequence.",
             )
         )
-    layout = _layout(pattern, is_causal, length, block_size, query.shape[1])
-    if layout.heads > 1 and key_padding_mask is not None:
-        raise NotBuiltError(
-            "key_padding_mask: over several ranks it is not built for patterns that differ by head. Leave it "
-            "None, or use a pattern that all heads share."
-        )
-    plan = _plan(layout, where, ranks.rank, query, key, max_remote_tokens)
-    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
-    made = _Call(plan, ranks, block_size, scale, key_padding_mask, backend, keep)
+    if settings.need_weights and settings.weights == "dense":
+        # Those of the rank that holds most, so that all refuse or none.
+        most = query.new_empty((*query.shape[:2], max(counts), query.shape[3]), device="meta")
+        check_dense_size(most, length)
+    layout = layout_of(pattern, settings.is_causal, length, where.block, query.shape[1])
+    plan = plan_of(layout, where, ranks.rank, query, key, settings.max_remote_tokens)
+    scale = 1.0 / math.sqrt(query.shape[3]) if settings.scale is None else float(settings.scale)
+    seed = None
+    if settings.dropout_p > 0.0:
+        # A fill: what is copied to a device is waited for.
+        seed = torch.full((1,), draw, dtype=torch.int64, device=query.device)
+    made = _Call(
+        plan,
+        ranks,
+        where.block,
+        scale,
+        float(settings.dropout_p),
+        seed,
+        key_padding_mask,
+        settings.backend,
+        settings.keep,
+    )
     biases = _biases(tile_bias, query, layout, plan)
     out, lse = _Spread.apply(made, query, key, value, *biases)  # type: ignore[no-untyped-call]
-    return (out, lse) if return_lse else out
+    return Done(out, lse, layout, where)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,12 +248,18 @@ class _Call:
     ranks: Ranks
     block: int
     scale: float
+    dropout_p: float
+    seed: Tensor | None
     mask: Tensor | None
     backend: str
     keep: bool
 
     def exchange(self, k: Tensor, v: Tensor) -> Exchange:
         return Exchange(self.plan, self.ranks, self.block, k, v, self.mask)
+
+    def own(self, k: Tensor, v: Tensor) -> Buffers:
+        """This rank's own keys."""
+        return Buffers(k, v, self.mask, self.plan.tiles[None])
 
     def attend(
         self, layout: BlockLayout, q: Tensor, keys: Buffers, bias: Tensor | None
@@ -227,7 +285,16 @@ class _Call:
         )
 
     def _request(self, layout: BlockLayout, keys: Buffers, bias: Tensor | None) -> Request:
-        return Request(layout, self.scale, key_padding_mask=keys.mask, tile_bias=bias)
+        return Request(
+            layout,
+            self.scale,
+            self.dropout_p,
+            self.seed,
+            key_padding_mask=keys.mask,
+            tile_bias=bias,
+            q_tiles=None if self.seed is None else self.plan.tiles,
+            k_tiles=None if self.seed is None else keys.tiles,
+        )
 
 
 class _Spread(torch.autograd.Function):
@@ -241,7 +308,7 @@ class _Spread(torch.autograd.Function):
         arriving = exchange.start(0)
         done = None
         if plan.own is not None:
-            done = _merged(None, call.attend(plan.own, q, Buffers(k, v, call.mask), biases[0]))
+            done = _merged(None, call.attend(plan.own, q, call.own(k, v), biases[0]))
         kept: list[Tensor | None] = []
         for number, stage in enumerate(plan.stages):
             buffers = exchange.finish(arriving, stage)
@@ -259,11 +326,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise BackendError(
-                "distributed_attention has no second derivative: expected backward() or torch.autograd.grad, "
-                "got create_graph=True. Use F.scaled_dot_product_attention where you need one."
-            )
+        refuse_second_derivative()
         q, k, v, out, lse, mask, *rest = ctx.saved_tensors
         call: _Call = replace(ctx.call, mask=mask)
         plan, wanted = call.plan, ctx.needs_input_grad[4:]
@@ -287,7 +350,8 @@ class _Spread(torch.autograd.Function):
         returning = []
         for number, stage in enumerate(plan.stages):
             if call.keep:
-                buffers = Buffers(*kept[3 * number : 3 * number + 3])
+                held_k, held_v, held_mask = kept[3 * number : 3 * number + 3]
+                buffers = Buffers(held_k, held_v, held_mask, stage.tiles)
             else:
                 buffers = exchange.finish(arriving, stage)
                 arriving = exchange.start(number + 1)
@@ -296,11 +360,20 @@ class _Spread(torch.autograd.Function):
         total = exchange.zeros()
         if plan.own is not None:
             # Computed while the others' gradients are on their way.
-            exchange.add_own(total, *part(0, plan.own, Buffers(k, v, mask)))
+            exchange.add_own(total, *part(0, plan.own, call.own(k, v)))
         for stage, back in zip(plan.stages, returning, strict=True):
             exchange.add_back(back, stage, total)
         dk, dv = exchange.packed(total, k.shape[2])
         return None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *of_biases
+
+
+def refuse_second_derivative() -> None:
+    """Raises BackendError in a backward pass that shall be derived in its turn."""
+    if torch.is_grad_enabled():
+        raise BackendError(
+            "distributed_attention has no second derivative: expected backward() or torch.autograd.grad, "
+            "got create_graph=True. Use F.scaled_dot_product_attention where you need one."
+        )
 
 
 def _merged(done: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -312,44 +385,6 @@ def _merged(done: tuple[Tensor, Tensor] | None, part: tuple[Tensor, Tensor]) -> 
 def _statistic(q: Tensor) -> Tensor:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.full(q.shape[:3], -math.inf, dtype=wide, device=q.device)
-
-
-def _layout(
-    pattern: Pattern | str | BlockLayout, is_causal: bool, length: int, block: int, heads: int
-) -> BlockLayout:
-    """The layout of the whole sequence, on the CPU."""
-    if isinstance(pattern, BlockLayout):
-        known = pattern._memo.get("on the cpu")
-        if not isinstance(known, BlockLayout):
-            # Kept with the layout, as the plan is with this one: read from a device once.
-            known = pattern.to("cpu")
-            if known is not pattern:
-                pattern._memo["on the cpu"] = known
-        return known
-    if isinstance(pattern, str):
-        pattern = op.parsed(pattern)
-    return cached_layout(causal_of(pattern) if is_causal else pattern, length, None, block, "cpu", heads)
-
-
-def _plan(
-    layout: BlockLayout, where: Sharding, rank: int, query: Tensor, key: Tensor, max_remote_tokens: int | None
-) -> RankPlan:
-    """This rank's plan on its device; kept with the layout, so the next call finds it."""
-    heads, kv_heads = query.shape[1], key.shape[1]
-    name = f"plan {where} {rank} {heads} {kv_heads} {max_remote_tokens} {query.device}"
-    known = layout._memo.get(name)
-    if not isinstance(known, RankPlan):
-        # Made in inference mode, autograd could not keep it for the backward of a later call.
-        with torch.inference_mode(False):
-            made = make_plan(
-                layout,
-                where,
-                kv_heads=kv_heads,
-                group_size=heads // kv_heads,
-                max_remote_tokens=max_remote_tokens,
-            )
-            known = layout._memo[name] = made.for_rank(rank).to(query.device)
-    return known
 
 
 def _biases(

@@ -25,11 +25,12 @@ from sparsetile.kernels.request import Request
 from sparsetile.kernels.select import check_name, choose
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.cache import cached_layout
+from sparsetile.nn.weights import check_form
 from sparsetile.patterns import Full, Pattern
 
 Order = Literal["contiguous", "balanced"]
 ORDERS = ("contiguous", "balanced")
-_VERSION = 1
+_VERSION = 2
 """Of what goes over the wire: ranks of different versions must not exchange."""
 
 
@@ -39,11 +40,14 @@ class Settings(NamedTuple):
     order: str
     is_causal: bool
     scale: float | None
+    dropout_p: float
     enable_gqa: bool
     backend: str
     block_size: int
     max_remote_tokens: int | None
     keep: bool
+    need_weights: bool = False
+    weights: str = "dense"
 
 
 def checked(
@@ -81,9 +85,11 @@ def checked(
         )
     check_name(settings.backend)
     check_flag("is_causal", settings.is_causal)
-    check_settings(settings.scale, 0.0)
+    check_settings(settings.scale, settings.dropout_p, "dropout_p")
     check_mask(mask, query, key.shape[2])
     check_choices(settings.order, settings.keep)
+    check_flag("need_weights", settings.need_weights)
+    check_form(settings.weights, settings.need_weights)
     if not op.plain(query, key, value):
         raise BackendError(
             explain(

@@ -20,12 +20,15 @@ class Buffers:
 
     Attributes:
         k, v: ``[B, Hkv, width · block, D]``.
-        mask: bool ``[B, width · block]``, True = ignore; None if no rank has a mask.
+        mask: bool, True = ignore: ``[B, width · block]``, or ``[B, Hkv, width · block]`` where the heads have
+            tiles of their own; None if no rank has a mask.
+        tiles: int64 ``[1 or Hkv, width]``: the tile of the sequence in each place.
     """
 
     k: Tensor
     v: Tensor
     mask: Tensor | None
+    tiles: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +45,8 @@ class Exchange:
     """What one rank sends of its keys and values, stage by stage.
 
     A unit on the wire is ``[2, B, Hkv, block, D]`` (keys and values of all heads), or without Hkv if units
-    are of one kv head; the short last tile is filled up with zeros.
+    are of one kv head; the short last tile is filled up with zeros. The mask of its tokens, ``[B, block]``,
+    goes beside each, of one kv head or of all: a byte a token, where the keys are hundreds.
 
     Args:
         k, v: ``[B, Hkv, n, D]`` of this rank.
@@ -94,19 +98,23 @@ class Exchange:
         with self.ranks.watched("the exchange of tiles"):
             for work in arriving.works:
                 work.wait()
+        mask = None
         if self._together(stage):
             # [width, Hkv, 2, B, block, D]
             lines = arriving.tiles.permute(2, 3, 1, 0, 4, 5)
+            if arriving.mask is not None:
+                mask = arriving.mask.transpose(0, 1).flatten(1) != 0
         else:
             size = (stage.tiles.numel(), 2, self.batch, self.block, self.dim)
             buffer = torch.zeros(size, dtype=self.dtype, device=self.device)
             buffer[stage.slots] = arriving.tiles
             lines = torch.unflatten(buffer, 0, stage.tiles.shape).permute(2, 3, 0, 1, 4, 5)
+            if arriving.mask is not None:
+                marks = arriving.mask.new_ones((stage.tiles.numel(), self.batch, self.block))
+                marks[stage.slots] = arriving.mask
+                mask = torch.unflatten(marks, 0, stage.tiles.shape).permute(2, 0, 1, 3).flatten(2) != 0
         k, v = lines.reshape(2, self.batch, self.kv_heads, stage.width * self.block, self.dim).unbind(0)
-        mask = None
-        if arriving.mask is not None:
-            mask = arriving.mask.transpose(0, 1).reshape(self.batch, -1) != 0
-        return Buffers(k, v, mask)
+        return Buffers(k, v, mask, stage.tiles)
 
     def send_back(self, stage: Stage, dk: Tensor | None, dv: Tensor | None) -> _Arriving:
         """Begins the way back of a stage's gradients (None: this rank has none). Collective."""

@@ -68,16 +68,18 @@ class Ranks:
         return cls(group, dist.get_rank(group), dist.get_world_size(group))
 
     def agree(
-        self, call: Mapping[str, object], tokens: int, problem: Exception | str | None = None
-    ) -> tuple[int, ...]:
-        """Raises on every rank unless all of them make the same call; returns the tokens of each rank.
+        self, call: Mapping[str, object], tokens: int, problem: Exception | str | None = None, draw: int = 0
+    ) -> tuple[tuple[int, ...], int]:
+        """Raises on every rank unless all of them make the same call; returns the tokens of each rank, and
+        rank 0's draw.
 
-        One all_gather of five numbers, on the CPU, so that no device is waited for.
+        One all_gather of six numbers, on the CPU, so that no device is waited for.
 
         Args:
             call: what must be equal, by name: settings, shapes, dtypes, versions.
             tokens: what this rank holds of the sequence.
             problem: what is wrong with this rank's arguments, if anything is.
+            draw: a random int64.
 
         Raises:
             MismatchError: ranks differ, or some have a problem; the same text on each of them. If all have
@@ -85,22 +87,22 @@ class Ranks:
             RankLostError: a rank did not take part.
         """
         if self.group is None:
-            return (tokens,)
+            return (tokens,), draw
         facts = {name: str(value) for name, value in call.items()}
         foreign = isinstance(problem, Exception) and not isinstance(problem, SparsetileError)
         text = None if problem is None else repr(problem) if foreign else str(problem)
         digest = hashlib.sha256(repr((facts, text)).encode()).digest()
         words = [int.from_bytes(digest[8 * i : 8 * i + 8], "little", signed=True) for i in range(_WORDS)]
-        mine = torch.tensor([*words, -1 if problem is not None else tokens], device="cpu")
+        mine = torch.tensor([*words, -1 if problem is not None else tokens, draw], device="cpu")
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         with self.watched("the agreement before the exchange"):
             dist.all_gather(everyone, mine, group=self.side())
         rows = torch.stack(everyone).tolist()
-        if all(row[:-1] == rows[0][:-1] for row in rows):
+        if all(row[:_WORDS] == rows[0][:_WORDS] for row in rows):
             if isinstance(problem, Exception):
                 raise problem
             if problem is None:
-                return tuple(row[-1] for row in rows)
+                return tuple(row[_WORDS] for row in rows), rows[0][-1]
         told: list[tuple[dict[str, str], str | None] | None] = [None] * self.size
         with self.watched("the agreement before the exchange"):
             dist.all_gather_object(told, (facts, text), group=self.side())

@@ -75,7 +75,7 @@ class _Shard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, sharding: Sharding, ranks: Ranks) -> Tensor:
         ctx.how = dim, sharding, ranks
-        return _own(x, dim, sharding, ranks)
+        return own(x, dim, sharding, ranks)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -87,14 +87,15 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, sharding: Sharding, ranks: Ranks) -> Tensor:
         ctx.how = dim, sharding, ranks
-        return _gathered(x, dim, sharding, ranks)
+        return gathered(x, dim, sharding, ranks)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return _Shard.apply(grad, *ctx.how), None, None, None  # type: ignore[no-untyped-call]
 
 
-def _own(x: Tensor, dim: int, sharding: Sharding, ranks: Ranks) -> Tensor:
+def own(x: Tensor, dim: int, sharding: Sharding, ranks: Ranks) -> Tensor:
+    """What :func:`shard_sequence` returns, without a gradient."""
     if ranks.size == 1:
         return x.clone()
     # Runs, not positions: those would be copied to the device at every call.
@@ -102,7 +103,8 @@ def _own(x: Tensor, dim: int, sharding: Sharding, ranks: Ranks) -> Tensor:
     return torch.cat([x.narrow(dim, at, count) for at, count in runs] or [x.narrow(dim, 0, 0)], dim)
 
 
-def _gathered(x: Tensor, dim: int, sharding: Sharding, ranks: Ranks) -> Tensor:
+def gathered(x: Tensor, dim: int, sharding: Sharding, ranks: Ranks) -> Tensor:
+    """What :func:`unshard_sequence` returns, without a gradient. Collective."""
     if ranks.size == 1:
         return x.clone()
     counts = [sharding.tokens_of(rank) for rank in range(ranks.size)]

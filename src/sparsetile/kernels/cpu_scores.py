@@ -50,7 +50,10 @@ class Scores:
             Tiles(v, layout.block_k),
         )
         padding = request.key_padding_mask
-        self.padding = None if padding is None else Tiles(padding[:, None, :, None], layout.block_k)
+        self.padding = None
+        if padding is not None:
+            by_head = padding[:, None].expand(-1, self.key_heads, -1) if padding.dim() == 2 else padding
+            self.padding = Tiles(by_head[..., None], layout.block_k)
         masked = padding is not None or request.attn_bias is not None or layout.masks.numel() > 0
         # The weight 0 of a forbidden pair must not meet an inf or NaN: 0·NaN = NaN.
         self.careful = masked and not bool(torch.isfinite(k.sum() + v.sum()))
@@ -109,8 +112,7 @@ class Scores:
                 pairs = forbidden(self.layout.masks, mask_ids, self.layout.block_k)
                 tiled[:, :, :, :, start:stop].masked_fill_(pairs.transpose(1, 2)[None, :, None], value)
         if self.padding is not None:
-            ids = step.keys // (self.key_heads * self.k.blocks) * self.k.blocks + step.keys % self.k.blocks
-            flat = ids.flatten()
+            flat = step.keys.flatten()
             ignored = self.padding.gather(flat, torch.empty(len(flat), self.k.block, 1, dtype=torch.bool))
             scores.masked_fill_(ignored.view(len(scores), 1, -1), value)
         if self.careful and self.request.attn_bias is not None:
@@ -124,8 +126,8 @@ class Scores:
         size.
         """
         assert self.request.seed is not None
-        ids, query = self._query_positions(chunk)
-        stream, key = ids // self.layout.q_blocks, self._key_positions(step)
+        ids, query = self._query_positions(chunk, self.request.q_tiles)
+        stream, key = ids // self.layout.q_blocks, self._key_positions(step, self.request.k_tiles)
         tiled, block = self.tiled(weights, chunk, step), self.layout.block_q
         rows = max(1, block * _DROPOUT_ELEMENTS // weights.numel())
         for row in range(0, block, rows):
@@ -157,14 +159,19 @@ class Scores:
         rows = rows + query.clamp(max=self.layout.q_len - 1) * step_q
         return rows + self._key_positions(step).clamp(max=self.layout.k_len - 1) * step_k
 
-    def _query_positions(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def _query_positions(self, chunk: Chunk, tiles: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Ids of query tiles and positions; ``tiles``: those in the sequence that these tiles are of."""
         ids = chunk.queries[..., None, None, None]
-        block = self.layout.block_q
-        return ids, ids % self.layout.q_blocks * block + torch.arange(block)[:, None, None]
+        block, tile = self.layout.block_q, ids % self.layout.q_blocks
+        tile = tile if tiles is None else tiles[tile]
+        return ids, tile * block + torch.arange(block)[:, None, None]
 
-    def _key_positions(self, step: Step) -> Tensor:
-        block = self.layout.block_k
-        return (step.keys % self.k.blocks * block)[:, :, None, None, :, None] + torch.arange(block)
+    def _key_positions(self, step: Step, tiles: Tensor | None = None) -> Tensor:
+        block, tile = self.layout.block_k, step.keys % self.k.blocks
+        if tiles is not None:
+            head = step.keys // self.k.blocks % tiles.shape[0]  # of the key heads, or always 0
+            tile = tiles[head, tile]
+        return (tile * block)[:, :, None, None, :, None] + torch.arange(block)
 
     def _dense_bias(self, chunk: Chunk, step: Step) -> Tensor:
         bias = self.request.attn_bias

@@ -47,6 +47,12 @@ def keep_mask(seed: Tensor, dropout_p: float, batch_head: Tensor, query: Tensor,
     return random_bits(seed, batch_head, query, key) >= threshold(dropout_p)
 
 
+def positions(tiles: Tensor, block: int, at: Tensor) -> Tensor:
+    """int64 ``[…, n]``: the positions ``at`` ``[n]`` of a layout in the sequence, whose tiles ``tiles`` ``[…,
+    blocks]`` are those of the layout."""
+    return tiles[..., at // block] * block + at % block
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh seed from the device's own generator; no host sync."""
     return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)

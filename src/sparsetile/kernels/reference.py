@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsetile.kernels.dropout import keep_mask
+from sparsetile.kernels.dropout import keep_mask, positions
 from sparsetile.kernels.request import Gradients, Request
 from sparsetile.layout.blocks import BlockLayout
 
@@ -80,7 +80,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> _Attention:
         bias = bias + values.gather(2, edge.flatten(2)).view(edge.shape)
     allowed = allowed & (bias != -math.inf)
     if request.key_padding_mask is not None:
-        allowed = allowed & ~request.key_padding_mask[:, None, None, :]
+        ignored = request.key_padding_mask
+        ignored = ignored[:, None] if ignored.dim() == 2 else ignored.repeat_interleave(group, 1)
+        allowed = allowed & ~ignored[:, :, None]
     # A key with inf or NaN must reach only rows that attend it, but 0·NaN is NaN: zero it, mark its column.
     bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))
     k, v = k.masked_fill(bad[..., None], 0), v.masked_fill(bad[..., None], 0)
@@ -92,8 +94,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> _Attention:
     if request.dropout_p > 0:
         assert request.seed is not None
         stream = torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1)
-        query, key = torch.arange(q_len, device=q.device)[:, None], torch.arange(k_len, device=q.device)
-        kept = keep_mask(request.seed, request.dropout_p, stream, query, key)
+        query, key = torch.arange(q_len, device=q.device), torch.arange(k_len, device=q.device)
+        if request.q_tiles is not None and request.k_tiles is not None:
+            query = positions(request.q_tiles, request.layout.block_q, query)
+            key = positions(request.k_tiles, request.layout.block_k, key).repeat_interleave(
+                heads // request.k_tiles.shape[0], 0
+            )[:, None]
+        kept = keep_mask(request.seed, request.dropout_p, stream, query[:, None], key)
         factor = kept.double() / (1 - request.dropout_p)
     out = (weights if factor is None else weights * factor) @ v
     return _Attention(q, k, v, allowed, weights, factor, out, lse, dense.edge)

@@ -21,7 +21,11 @@ class Request:
         scale: factor on q·k.
         dropout_p: in [0, 1). Dropout falls on the softmax weights after normalisation.
         seed: int64 ``[1]`` on the device of q; None iff ``dropout_p == 0``. See ``kernels/dropout.py``.
-        key_padding_mask: bool ``[B, Nk]``, True = ignore the key, whatever its k and v hold, NaN included.
+        q_tiles, k_tiles: int64 ``[query tiles]`` and ``[1 or Hkv, key tiles]``, both or neither: which tiles
+            of a longer sequence the layout's are. Dropout goes by positions in that one. What stands at
+            tiles that no query keeps means nothing.
+        key_padding_mask: bool ``[B, Nk]``, or ``[B, Hkv, Nk]`` where key heads hold keys of different places;
+            True = ignore the key, whatever its k and v hold, NaN included.
         attn_bias: ``[B or 1, H or 1, Nq, Nk]`` in q's dtype or fp32, added to the scaled logits.
         tile_bias: fp32 (float64 for float64 inputs) ``[B or 1, H or 1, capacity]``: entry ``[b, h, e]`` is
             added to every scaled logit of tile ``e`` (position in ``layout.indices``) for batch element b,
@@ -35,6 +39,8 @@ class Request:
     key_padding_mask: Tensor | None = None
     attn_bias: Tensor | None = None
     tile_bias: Tensor | None = None
+    q_tiles: Tensor | None = None
+    k_tiles: Tensor | None = None
 
 
 class Gradients(NamedTuple):

@@ -76,9 +76,10 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
-_FORWARD = ("q", "k", "v", "padding", "bias", "tile_bias", "seed", "out", "lse")
+_FORWARD = ("q", "k", "v", "padding", "bias", "tile_bias", "seed", "q_tiles", "k_tiles", "out", "lse")
 _BACKWARD = (
     *("q", "k", "v", "out", "lse", "grad_out", "grad_lse", "padding", "bias", "tile_bias", "seed"),
+    *("q_tiles", "k_tiles"),
     *("dq_out", "dk_out", "dv_out", "tile_grad", "bias_grad"),
 )  # fmt: skip
 

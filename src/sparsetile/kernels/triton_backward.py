@@ -70,10 +70,11 @@ def turn_of(program, row_first, row_rest, column_first, column_rest, families):
 def backward_kernel(
     q, k, v, grad_out, lse2, delta, dq_out, dk_out, dv_out, part_dq, part_dk, part_dv,
     row_items, row_others, row_mask_ids, row_edges, column_items, column_others, column_mask_ids,
-    column_edges, masks, padding, bias, bias_grad, tile_bias, tile_grad, seed, sq_b, sq_h, sq_n, sk_b, sk_h,
-    sk_n, sv_b, sv_h, sv_n, sg_b, sg_h, sg_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h, stg_b, stg_h,
-    tile_grad_step, row_item_count, row_first_count, column_item_count, column_first_count, reps, heads,
-    layout_heads, group, q_len, k_len, q_blocks, k_blocks, scale, scale2, keep_scale, threshold,
+    column_edges, masks, padding, bias, bias_grad, tile_bias, tile_grad, seed, q_tiles, k_tiles, sq_b, sq_h,
+    sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, sg_b, sg_h, sg_n, sp_b, sp_h, sb_b, sb_h, sb_q, sb_k, st_b,
+    st_h, stg_b, stg_h, skt_h, tile_grad_step, row_item_count, row_first_count, column_item_count,
+    column_first_count, reps, heads, layout_heads, group, q_len, k_len, q_blocks, k_blocks, scale, scale2,
+    keep_scale, threshold,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ROWS_M: tl.constexpr, ROWS_N: tl.constexpr, COLUMNS_M: tl.constexpr, COLUMNS_N: tl.constexpr,
     HEADS_A_PROGRAM: tl.constexpr, BATCH_SHARED: tl.constexpr, HEADS_SHARED: tl.constexpr,
@@ -107,11 +108,11 @@ def backward_kernel(
             rows_body(
                 item, index % row_subs, rep, row, start, full_end, end, entry, q, k, v, grad_out, lse2, delta,
                 dq_out, part_dq, row_items, row_others, row_mask_ids, masks, row_edges, padding, bias,
-                bias_grad, tile_bias, tile_grad, seed, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
-                sg_b, sg_h, sg_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h, stg_b, stg_h, tile_grad_step,
-                row_item_count, reps * HEADS_A_PROGRAM, heads, layout_heads, group, q_len, k_len, q_blocks,
-                scale, scale2, keep_scale, threshold, D, BLOCK_D, BLOCK_Q, BLOCK_K, ROWS_M, ROWS_N,
-                BATCH_SHARED, HEADS_SHARED, PARTIAL, PRECISION,
+                bias_grad, tile_bias, tile_grad, seed, q_tiles, k_tiles, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n,
+                sv_b, sv_h, sv_n, sg_b, sg_h, sg_n, sp_b, sp_h, sb_b, sb_h, sb_q, sb_k, st_b, st_h, stg_b,
+                stg_h, skt_h, tile_grad_step, row_item_count, reps * HEADS_A_PROGRAM, heads, layout_heads,
+                group, q_len, k_len, q_blocks, scale, scale2, keep_scale, threshold, D, BLOCK_D, BLOCK_Q,
+                BLOCK_K, ROWS_M, ROWS_N, BATCH_SHARED, HEADS_SHARED, PARTIAL, PRECISION,
             )
     else:
         item = index // column_subs + tl.where(long, 0, column_first_count)
@@ -120,11 +121,11 @@ def backward_kernel(
             columns_body(
                 item, index % column_subs, family, row, start, full_end, end, entry, q, k, v, grad_out, lse2,
                 delta, dk_out, dv_out, part_dk, part_dv, column_items, column_others, column_mask_ids, masks,
-                column_edges, padding, bias, tile_bias, seed, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h,
-                sv_n, sg_b, sg_h, sg_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h, column_item_count, reps,
-                heads, layout_heads, group, q_len, k_len, k_blocks, scale, scale2, keep_scale, threshold,
-                D, BLOCK_D, BLOCK_Q, BLOCK_K, COLUMNS_M, COLUMNS_N, HEADS_A_PROGRAM, BATCH_SHARED,
-                HEADS_SHARED, PARTIAL, PRECISION,
+                column_edges, padding, bias, tile_bias, seed, q_tiles, k_tiles, sq_b, sq_h, sq_n, sk_b, sk_h,
+                sk_n, sv_b, sv_h, sv_n, sg_b, sg_h, sg_n, sp_b, sp_h, sb_b, sb_h, sb_q, sb_k, st_b, st_h,
+                skt_h, column_item_count, reps, heads, layout_heads, group, q_len, k_len, k_blocks, scale,
+                scale2, keep_scale, threshold, D, BLOCK_D, BLOCK_Q, BLOCK_K, COLUMNS_M, COLUMNS_N,
+                HEADS_A_PROGRAM, BATCH_SHARED, HEADS_SHARED, PARTIAL, PRECISION,
             )
     # fmt: on
 

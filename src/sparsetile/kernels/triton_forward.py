@@ -14,6 +14,7 @@ from sparsetile.kernels.triton_tiles import (
     LOG2E,
     allowed_pairs,
     bias_after,
+    drawn_from,
     dropout_keep,
     dropout_row,
     dropout_stream,
@@ -32,8 +33,8 @@ from sparsetile.kernels.triton_tiles import (
 @triton.jit
 def attend(
     acc, total, peak, q_tile, k, v, first, last, block, others, mask_ids, masks, edges, padding, bias_rows,
-    tile_bias, next_bias, next_edge, item_end, hashes, query, queries_ok, sk_n, sv_n, sb_k, k_len, scale,
-    threshold,
+    tile_bias, next_bias, next_edge, item_end, hashes, k_tiles, query, queries_ok, sk_n, sv_n, sb_k, k_len,
+    scale, threshold,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -53,6 +54,8 @@ def attend(
         entry = step // steps
         key_in_tile = (step % steps) * N
         key0 = block * BLOCK_K + key_in_tile
+        if DROPOUT:
+            drawn = drawn_from(k_tiles, block, BLOCK_K) + key_in_tile
         # The next tile's address is under way while this tile is computed.
         block = tl.load(others + tl.minimum((step + 1) // steps, last - 1))
         if tile_bias is not None:
@@ -104,7 +107,7 @@ def attend(
         shrink = tl.exp2(peak - origin)
         total = total * shrink + tl.sum(p, 1)
         if DROPOUT:
-            p = tl.where(dropout_keep(hashes[:, None], (key0 + keys)[None, :], threshold), p, 0.0)
+            p = tl.where(dropout_keep(hashes[:, None], (drawn + keys)[None, :], threshold), p, 0.0)
         v_tile = load_tile(v + key0.to(tl.int64) * sv_n, keys, sv_n, dims, key_ok, D, BLOCK_D, check)
         acc = product(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], PRECISION)
         peak = new_peak
@@ -122,9 +125,9 @@ def put(out, lse, at, queries, dims, queries_ok, result, row_lse, D: tl.constexp
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     q, k, v, out, lse, part_out, part_lse, items, others, mask_ids, masks, edges, padding, bias, tile_bias,
-    seed, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h,
-    item_count, first_count, reps, heads, layout_heads, group, q_len, k_len, q_blocks,
-    scale, keep_scale, threshold,
+    seed, q_tiles, k_tiles, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, sp_b, sp_h, sb_b, sb_h,
+    sb_q, sb_k, st_b, st_h, skt_h, item_count, first_count, reps, heads, layout_heads, group, q_len, k_len,
+    q_blocks, scale, keep_scale, threshold,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, BATCH_SHARED: tl.constexpr, HEADS_SHARED: tl.constexpr, PARTIAL: tl.constexpr,
     NEGATE: tl.constexpr, PRECISION: tl.constexpr,
@@ -154,7 +157,7 @@ def forward_kernel(
     k += batch * sk_b + kv_head * sk_h
     v += batch * sv_b + kv_head * sv_h
     if padding is not None:
-        padding += batch * sp_b
+        padding += batch * sp_b + kv_head * sp_h
     if bias is not None:
         bias = bias + batch * sb_b + head * sb_h + (query0 + queries) * sb_q
     if tile_bias is not None:
@@ -164,7 +167,10 @@ def forward_kernel(
         next_bias, next_edge = first_bias(tile_bias, edges, start, end, BLOCK_K // N)
     hashes = 0
     if seed is not None:
-        hashes = dropout_row(dropout_stream(seed, batch * heads + head), query0 + queries)
+        drawn = drawn_from(q_tiles, block, BLOCK_Q) + first_query
+        hashes = dropout_row(dropout_stream(seed, batch * heads + head), drawn + queries)
+    if k_tiles is not None:
+        k_tiles += kv_head * skt_h
 
     acc = tl.zeros((M, BLOCK_D), tl.float32)
     total = tl.zeros((M,), tl.float32)
@@ -172,15 +178,16 @@ def forward_kernel(
     # fmt: off
     acc, total, peak, next_bias, next_edge = attend(
         acc, total, peak, q_tile, k, v, start, full_end, entry, others, mask_ids, masks, edges, padding, bias,
-        tile_bias, next_bias, next_edge, end, hashes, first_query + queries, queries_ok, sk_n, sv_n, sb_k,
-        k_len, scale, threshold, False, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
+        tile_bias, next_bias, next_edge, end, hashes, k_tiles, first_query + queries, queries_ok, sk_n, sv_n,
+        sb_k, k_len, scale, threshold, False, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
     )
     if PARTIAL:
         entry = first_block(others, start, full_end, end, entry)
         acc, total, peak, next_bias, next_edge = attend(
             acc, total, peak, q_tile, k, v, full_end, end, entry, others, mask_ids, masks, edges, padding,
-            bias, tile_bias, next_bias, next_edge, end, hashes, first_query + queries, queries_ok, sk_n, sv_n,
-            sb_k, k_len, scale, threshold, True, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
+            bias, tile_bias, next_bias, next_edge, end, hashes, k_tiles, first_query + queries, queries_ok,
+            sk_n, sv_n, sb_k, k_len, scale, threshold, True, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K,
+            N, PRECISION,
         )
     # fmt: on
     empty = total == 0.0

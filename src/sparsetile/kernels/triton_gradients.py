@@ -12,6 +12,7 @@ from sparsetile.kernels.triton_tiles import (
     LOG2E,
     allowed_pairs,
     bias_after,
+    drawn_from,
     dropout_keep,
     dropout_row,
     dropout_stream,
@@ -28,8 +29,8 @@ from sparsetile.kernels.triton_tiles import (
 @triton.jit
 def collect_columns(
     dk, dv, k_tile, v_tile, q, grad_out, lse2, delta, first, last, block, others, mask_ids, masks, edges,
-    keys_allowed, bias_keys, tile_bias, next_bias, next_edge, item_end, stream, key, key_in_tile, keys_ok,
-    sq_n, sg_n, sb_q, q_len, scale, keep_scale, threshold,
+    keys_allowed, bias_keys, tile_bias, next_bias, next_edge, item_end, stream, q_tiles, drawn_key,
+    key_in_tile, keys_ok, sq_n, sg_n, sb_q, q_len, scale, keep_scale, threshold,
     MASKED: tl.constexpr, PADDED: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -50,6 +51,8 @@ def collect_columns(
         else:
             query_in_tile = (step & (steps - 1)) * M  # the same, in fewer registers here and in more there
         query0 = block * BLOCK_Q + query_in_tile
+        if DROPOUT:
+            drawn = drawn_from(q_tiles, block, BLOCK_Q) + query_in_tile
         block = tl.load(others + tl.minimum((step + 1) // steps, last - 1))
         if tile_bias is not None:
             shift = next_bias * LOG2E
@@ -90,8 +93,8 @@ def collect_columns(
         dp = product(v_tile, tl.trans(grad_tile), None, PRECISION)
         kept = p
         if DROPOUT:
-            row = dropout_row(stream, query0 + queries)
-            keep = dropout_keep(row[None, :], key[:, None], threshold)
+            row = dropout_row(stream, drawn + queries)
+            keep = dropout_keep(row[None, :], drawn_key[:, None], threshold)
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         dv = product(kept.to(grad_tile.dtype), grad_tile, dv, PRECISION)
@@ -104,10 +107,10 @@ def collect_columns(
 @triton.jit
 def columns_body(
     item, sub, rep, row, start, full_end, end, entry, q, k, v, grad_out, lse2, delta, dk_out, dv_out, part_dk,
-    part_dv, items, others, mask_ids, masks, edges, padding, bias, tile_bias, seed, sq_b, sq_h, sq_n,
-    sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, sg_b, sg_h, sg_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h,
-    item_count, reps, heads, layout_heads, group, q_len, k_len, k_blocks, scale, scale2, keep_scale,
-    threshold,
+    part_dv, items, others, mask_ids, masks, edges, padding, bias, tile_bias, seed, q_tiles, k_tiles, sq_b,
+    sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, sg_b, sg_h, sg_n, sp_b, sp_h, sb_b, sb_h, sb_q, sb_k,
+    st_b, st_h, skt_h, item_count, reps, heads, layout_heads, group, q_len, k_len, k_blocks, scale, scale2,
+    keep_scale, threshold,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, HEADS_A_PROGRAM: tl.constexpr, BATCH_SHARED: tl.constexpr, HEADS_SHARED: tl.constexpr,
     PARTIAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -125,10 +128,14 @@ def columns_body(
     dims = tl.arange(0, BLOCK_D)
     key0 = block * BLOCK_K + key_in_tile
     keys_ok = key0 + keys < k_len
+    kv_head = out_head * HEADS_A_PROGRAM // group
     keys_allowed = keys_ok
     if padding is not None:
-        keys_allowed = tl.load(padding + batch * sp_b + key0 + keys, mask=keys_ok, other=1) == 0
-    kv_head = out_head * HEADS_A_PROGRAM // group
+        padding += batch * sp_b + kv_head * sp_h
+        keys_allowed = tl.load(padding + key0 + keys, mask=keys_ok, other=1) == 0
+    drawn_key = key0 + keys
+    if k_tiles is not None:
+        drawn_key = drawn_from(k_tiles + kv_head * skt_h, block, BLOCK_K) + key_in_tile + keys
     k_at = k + batch * sk_b + kv_head * sk_h + key0 * sk_n
     v_at = v + batch * sv_b + kv_head * sv_h + key0 * sv_n
     k_tile = load_tile(k_at, keys, sk_n, dims, keys_allowed, D, BLOCK_D, True)
@@ -159,16 +166,17 @@ def columns_body(
         dk, dv, next_bias, next_edge = collect_columns(
             dk, dv, k_tile, v_tile, q_at, grad_at, lse2 + row_at, delta + row_at, start, full_end, entry,
             others, mask_ids, masks, edges, keys_allowed, bias_keys, tile_at, next_bias, next_edge, end,
-            stream, key0 + keys, key_in_tile, keys_ok, sq_n, sg_n, sb_q, q_len, scale2, keep_scale, threshold,
-            False, padding is not None, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, M, N, PRECISION,
+            stream, q_tiles, drawn_key, key_in_tile, keys_ok, sq_n, sg_n, sb_q, q_len, scale2, keep_scale,
+            threshold, False, padding is not None, seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, M, N,
+            PRECISION,
         )
         if PARTIAL:
             dk, dv, next_bias, next_edge = collect_columns(
                 dk, dv, k_tile, v_tile, q_at, grad_at, lse2 + row_at, delta + row_at, full_end, end,
                 partial_entry, others, mask_ids, masks, edges, keys_allowed, bias_keys, tile_at, next_bias,
-                next_edge, end, stream, key0 + keys, key_in_tile, keys_ok, sq_n, sg_n, sb_q, q_len, scale2,
-                keep_scale, threshold, True, padding is not None, seed is not None, D, BLOCK_D, BLOCK_Q,
-                BLOCK_K, M, N, PRECISION,
+                next_edge, end, stream, q_tiles, drawn_key, key_in_tile, keys_ok, sq_n, sg_n, sb_q, q_len,
+                scale2, keep_scale, threshold, True, padding is not None, seed is not None, D, BLOCK_D,
+                BLOCK_Q, BLOCK_K, M, N, PRECISION,
             )
         # fmt: on
     dk = dk * scale
@@ -192,8 +200,8 @@ def columns_body(
 @triton.jit
 def collect_rows(
     dq, q_tile, grad_tile, row_lse, row_delta, k, v, first, last, block, others, mask_ids, masks, edges,
-    padding, bias_rows, bias_grad_rows, tile_bias, next_bias, next_edge, item_end, tile_grad, hashes, query,
-    queries_ok, sk_n, sv_n, sb_k, k_len, scale, keep_scale, threshold,
+    padding, bias_rows, bias_grad_rows, tile_bias, next_bias, next_edge, item_end, tile_grad, hashes, k_tiles,
+    query, queries_ok, sk_n, sv_n, sb_k, k_len, scale, keep_scale, threshold,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -213,6 +221,8 @@ def collect_rows(
         entry = step // steps
         key_in_tile = (step & (steps - 1)) * N  # step % steps, in fewer registers
         key0 = block * BLOCK_K + key_in_tile
+        if DROPOUT:
+            drawn = drawn_from(k_tiles, block, BLOCK_K) + key_in_tile
         block = tl.load(others + tl.minimum((step + 1) // steps, last - 1))
         if tile_bias is not None:
             shift = next_bias * LOG2E
@@ -245,7 +255,7 @@ def collect_rows(
             p = tl.where(key_ok[None, :], p, 0.0)
         dp = product(grad_tile, tl.trans(v_tile), None, PRECISION)
         if DROPOUT:
-            keep = dropout_keep(hashes[:, None], (key0 + keys)[None, :], threshold)
+            keep = dropout_keep(hashes[:, None], (drawn + keys)[None, :], threshold)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - row_delta[:, None])
         if tile_grad is not None:
@@ -273,10 +283,10 @@ def collect_rows(
 @triton.jit
 def rows_body(
     item, sub, rep, row, start, full_end, end, entry, q, k, v, grad_out, lse2, delta, dq_out, part_dq, items,
-    others, mask_ids, masks, edges, padding, bias, bias_grad, tile_bias, tile_grad, seed, sq_b, sq_h, sq_n,
-    sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, sg_b, sg_h, sg_n, sp_b, sb_b, sb_h, sb_q, sb_k, st_b, st_h,
-    stg_b, stg_h, tile_grad_step, item_count, reps, heads, layout_heads, group, q_len, k_len, q_blocks, scale,
-    scale2, keep_scale, threshold,
+    others, mask_ids, masks, edges, padding, bias, bias_grad, tile_bias, tile_grad, seed, q_tiles, k_tiles,
+    sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n, sg_b, sg_h, sg_n, sp_b, sp_h, sb_b, sb_h, sb_q,
+    sb_k, st_b, st_h, stg_b, stg_h, skt_h, tile_grad_step, item_count, reps, heads, layout_heads, group,
+    q_len, k_len, q_blocks, scale, scale2, keep_scale, threshold,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, BATCH_SHARED: tl.constexpr, HEADS_SHARED: tl.constexpr, PARTIAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -301,7 +311,7 @@ def rows_body(
     k += batch * sk_b + kv_head * sk_h
     v += batch * sv_b + kv_head * sv_h
     if padding is not None:
-        padding += batch * sp_b
+        padding += batch * sp_b + kv_head * sp_h
     if bias is not None:
         bias = bias + batch * sb_b + head * sb_h + (query0 + queries) * sb_q
     if bias_grad is not None:
@@ -315,13 +325,16 @@ def rows_body(
         tile_grad += batch * stg_b + head * stg_h + parts.to(tl.int64) * tile_grad_step
     hashes = 0
     if seed is not None:
-        hashes = dropout_row(dropout_stream(seed, batch * heads + head), query0 + queries)
+        drawn = drawn_from(q_tiles, block, BLOCK_Q) + first_query
+        hashes = dropout_row(dropout_stream(seed, batch * heads + head), drawn + queries)
+    if k_tiles is not None:
+        k_tiles += kv_head * skt_h
 
     dq = tl.zeros((M, BLOCK_D), tl.float32)
     # fmt: off
     dq, next_bias, next_edge = collect_rows(
         dq, q_tile, grad_tile, row_lse, row_delta, k, v, start, full_end, entry, others, mask_ids, masks,
-        edges, padding, bias, bias_grad, tile_bias, next_bias, next_edge, end, tile_grad, hashes,
+        edges, padding, bias, bias_grad, tile_bias, next_bias, next_edge, end, tile_grad, hashes, k_tiles,
         first_query + queries, queries_ok, sk_n, sv_n, sb_k, k_len, scale2, keep_scale, threshold, False,
         seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
     )
@@ -329,7 +342,7 @@ def rows_body(
         entry = first_block(others, start, full_end, end, entry)
         dq, next_bias, next_edge = collect_rows(
             dq, q_tile, grad_tile, row_lse, row_delta, k, v, full_end, end, entry, others, mask_ids, masks,
-            edges, padding, bias, bias_grad, tile_bias, next_bias, next_edge, end, tile_grad, hashes,
+            edges, padding, bias, bias_grad, tile_bias, next_bias, next_edge, end, tile_grad, hashes, k_tiles,
             first_query + queries, queries_ok, sk_n, sv_n, sb_k, k_len, scale2, keep_scale, threshold, True,
             seed is not None, D, BLOCK_D, BLOCK_Q, BLOCK_K, N, PRECISION,
         )

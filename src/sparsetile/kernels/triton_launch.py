@@ -100,13 +100,15 @@ def _bits(dropout_p: float) -> int:
 
 
 def features_of(request: Request) -> tuple[Tensor | None, ...]:
-    """(padding as uint8, attn_bias, tile_bias, seed) as the kernels take them."""
+    """(padding as uint8, attn_bias, tile_bias, seed, q_tiles, k_tiles) as the kernels take them."""
     padding = _unit_stride(request.key_padding_mask)
     return (
         None if padding is None else padding.view(torch.uint8),
         request.attn_bias,
         _unit_stride(request.tile_bias),
         request.seed,
+        request.q_tiles,
+        request.k_tiles,
     )
 
 
@@ -120,7 +122,8 @@ def _common(
 ) -> dict[str, Any]:
     """Arguments that forward and backward take; backward takes the ``owners`` of its columns."""
     layout = request.layout
-    padding, bias, tile_bias, seed = features_of(request)
+    padding, bias, tile_bias, seed, q_tiles, k_tiles = features_of(request)
+    by_head = padding[:, None] if padding is not None and padding.dim() == 2 else padding
     dim = q.shape[-1]
     return {
         "q": q,
@@ -131,12 +134,15 @@ def _common(
         "bias": bias,
         "tile_bias": tile_bias,
         "seed": seed,
+        "q_tiles": q_tiles,
+        "k_tiles": k_tiles,
         **strides_of("q", q, "bhn"),
         **strides_of("k", k, "bhn"),
         **strides_of("v", v, "bhn"),
-        **strides_of("p", padding, "b"),
+        **strides_of("p", by_head, "bh"),
         **strides_of("b", bias, "bhqk"),
         **strides_of("t", tile_bias, "bh"),
+        **strides_of("kt", k_tiles, "h"),
         "reps": owners.reps,
         "heads": q.shape[1],
         "layout_heads": layout.heads,

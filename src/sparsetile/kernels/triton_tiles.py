@@ -10,7 +10,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 COUNTS = [
     "item_count", "first_count", "split_count", "reps", "heads", "layout_heads", "group", "q_len", "k_len",
     "length", "q_blocks", "k_blocks", "blocks", "threshold", "tile_grad_step", "row_item_count",
-    "row_first_count", "column_item_count", "column_first_count",
+    "row_first_count", "column_item_count", "column_first_count", "skt_h",
 ]  # fmt: skip
 """Arguments that differ from layout to layout: specialising on them would compile again and gain nothing."""
 
@@ -192,6 +192,16 @@ def mix(x):
     x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
     x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
     return x ^ (x >> 16)
+
+
+@triton.jit
+def drawn_from(tiles, block, BLOCK: tl.constexpr):
+    """Where a tile begins for dropout: in the layout, or in the sequence, if ``tiles`` has its number there.
+
+    Modulo 2³², as the hash takes it."""
+    if tiles is not None:
+        block = tl.load(tiles + block).to(tl.int32)
+    return block * BLOCK
 
 
 @triton.jit

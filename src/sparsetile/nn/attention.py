@@ -8,7 +8,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 from sparsetile.arguments import check_flag, check_settings, check_tokens_first
-from sparsetile.errors import NotBuiltError
 from sparsetile.functional import sparse_attention
 from sparsetile.kernels.select import check_name
 from sparsetile.nn.plan import Planned, SparsePlan
@@ -97,8 +96,8 @@ class BlockSparseRingDilatedAttention(Planned):
             weights: ``"dense"``: ``[B, Nq, Nk]`` (or ``[B, H, Nq, Nk]``), up to a size; ``"sparse"``: a
                 ``torch.sparse_bsr`` tensor that holds the kept tiles alone.
 
-        With a ``ring``, q, k, v and the mask are this rank's tokens of one sequence; dropout and weights are
-        refused.
+        With a ``ring``, q, k, v and the mask are this rank's tokens of one sequence, and the weights those of
+        its queries with the keys of all.
 
         Returns:
             ``[B, Nq, H, D]`` in q's dtype, or a pair with the weights.
@@ -106,10 +105,10 @@ class BlockSparseRingDilatedAttention(Planned):
         Raises:
             ArgumentError, PatternError, BackendError: as :func:`sparsetile.sparse_attention`.
             MismatchError: ranks of the ring differ.
-            NotBuiltError: weights, or dropout in training, with a ring.
         """
         if self.spread:
-            return self._over_ranks(q, k, v, is_causal, key_padding_mask, need_weights)
+            form = {"need_weights": need_weights, "weights": weights}
+            return self._over_ranks(q, k, v, is_causal, key_padding_mask, form, average_attn_weights)
         check_tokens_first(q, k, v, "sparse_attention")
         check_flag("is_causal", is_causal)
         check_form(weights, need_weights)
@@ -149,11 +148,15 @@ class BlockSparseRingDilatedAttention(Planned):
     @property
     def spread(self) -> bool:
         """Whether forward takes a rank's tokens of a sequence that several ranks share."""
-        return self.ring is not None
+        if self.ring is None:
+            return False
+        from sparsetile.distributed.ranks import Ranks
+
+        return Ranks.of(self.ring).size > 1
 
     def _exchange_settings(self) -> dict[str, Any]:
-        """How ranks share the sequence, where that is not what ``distributed_attention`` does by itself."""
-        return {}
+        """How ranks share the sequence."""
+        return {"order": "contiguous", "keep": True}
 
     def _over_ranks(
         self,
@@ -162,32 +165,27 @@ class BlockSparseRingDilatedAttention(Planned):
         v: Tensor,
         is_causal: bool,
         key_padding_mask: Tensor | None,
-        need_weights: bool,
-    ) -> Tensor:
-        from sparsetile.distributed.attention import distributed_attention
+        form: dict[str, Any],
+        average: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        from sparsetile.distributed.call import Settings
         from sparsetile.distributed.ranks import Ranks
+        from sparsetile.distributed.weights import attention_and_weights
 
-        if need_weights or (self.training and self.dropout > 0.0):
-            problem = NotBuiltError(
-                "ring: softmax weights and dropout over several ranks are not built yet. Pass "
-                "need_weights=False and dropout=0.0."
-            )
-            # Ranks that do not ask for them would wait for this one.
-            Ranks.of(self.ring).agree({}, 0, problem)
-            raise problem
         # What is no such tensor is refused there, on every rank alike.
         q, k, v = (x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() == 4 else x for x in (q, k, v))
-        out: Tensor = distributed_attention(
-            q,
-            k,
-            v,
-            self.plan.pattern_for(is_causal),
-            group=self.ring,
+        settings = Settings(
+            is_causal=False,
             scale=self.scale,
-            key_padding_mask=key_padding_mask,
-            block_size=self.plan.block_size,
+            dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=True,
             backend=self.backend,
+            block_size=self.plan.block_size,
+            max_remote_tokens=None,
             **self._exchange_settings(),
+            **form,
         )
-        return out.transpose(1, 2)
+        pattern, ranks = self.plan.pattern_for(is_causal), Ranks.of(self.ring)
+        out, weights = attention_and_weights(q, k, v, pattern, ranks, settings, key_padding_mask, average)
+        out = out.transpose(1, 2)
+        return out if weights is None else (out, weights)

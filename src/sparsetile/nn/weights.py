@@ -62,7 +62,7 @@ def attention_weights(
     query: Tensor,
     key: Tensor,
     lse: Tensor,
-    pattern: Pattern | str,
+    pattern: Pattern | str | BlockLayout,
     *,
     weights: str = "dense",
     average: bool = True,
@@ -109,7 +109,7 @@ def attention_weights(
 def dense_weights(
     query: Tensor,
     key: Tensor,
-    pattern: Pattern | str,
+    pattern: Pattern | str | BlockLayout,
     *,
     appended: Tensor | None = None,
     scale: float | None = None,
@@ -121,7 +121,8 @@ def dense_weights(
 
     Args:
         query, key: ``[B, H, Nq, D]``, ``[B, Hkv, Nk, D]`` with H a multiple of Hkv, as in the call.
-        pattern: that of the call (or its text), with ``& Causal()`` if it was causal.
+        pattern: that of the call (or its text), with ``& Causal()`` if it was causal; or a layout of these
+            queries and keys, batch 1, which has its own block size.
         appended: ``[1, H, n, D]`` further keys that every query attends.
         scale, key_padding_mask, attn_bias, block_size: as in the call.
 
@@ -135,12 +136,15 @@ def dense_weights(
     check_dense_size(query, k_len + (0 if appended is None else appended.shape[2]))
     logits = scaled_logits(query, key, scale)
     if logits.numel():
-        text, by_head = pattern_text(pattern, False)
-        geometry = [q_len, k_len, block_size, heads if by_head else 1]
-        if op.plain(query, key, key):
-            kept = _written_out(text if isinstance(pattern, str) else pattern, geometry, query.device)
+        if isinstance(pattern, BlockLayout):
+            kept = _pairs(pattern)
         else:
-            kept = torch.ops.sparsetile.allowed_pairs(query, text, geometry)
+            text, by_head = pattern_text(pattern, False)
+            geometry = [q_len, k_len, block_size, heads if by_head else 1]
+            if op.plain(query, key, key):
+                kept = _written_out(text if isinstance(pattern, str) else pattern, geometry, query.device)
+            else:
+                kept = torch.ops.sparsetile.allowed_pairs(query, text, geometry)
         if attn_bias is not None:
             logits = logits + attn_bias
         if key_padding_mask is not None:
@@ -177,7 +181,7 @@ def sparse_weights(
     query: Tensor,
     key: Tensor,
     lse: Tensor,
-    pattern: Pattern | str,
+    pattern: Pattern | str | BlockLayout,
     *,
     average: bool = False,
     scale: float | None = None,
@@ -203,8 +207,11 @@ def sparse_weights(
     """
     batch, heads, q_len, dim = query.shape
     k_len, group = key.shape[2], heads // key.shape[1]
-    pattern = op.parsed(pattern) if isinstance(pattern, str) else pattern
-    layout = cached_layout(pattern, q_len, k_len, block_size, query.device, heads)
+    if isinstance(pattern, BlockLayout):
+        layout, block_size = pattern, pattern.block_q
+    else:
+        pattern = op.parsed(pattern) if isinstance(pattern, str) else pattern
+        layout = cached_layout(pattern, q_len, k_len, block_size, query.device, heads)
     row, col, mask_ids = _shared_tiles(layout)
     scale = 1.0 / math.sqrt(dim) if scale is None else scale
     within = torch.arange(block_size, device=query.device)
@@ -262,7 +269,11 @@ def _shared_tiles(layout: BlockLayout) -> tuple[Tensor, Tensor, Tensor]:
 def _written_out(pattern: Pattern | str, geometry: list[int], device: torch.device) -> Tensor:
     q_len, k_len, block, heads = geometry
     pattern = op.parsed(pattern) if isinstance(pattern, str) else pattern
-    layout = cached_layout(pattern, q_len, k_len, block, device, heads)
+    return _pairs(cached_layout(pattern, q_len, k_len, block, device, heads))
+
+
+def _pairs(layout: BlockLayout) -> Tensor:
+    """bool ``[layout.heads, Nq, Nk]``."""
     return torch.stack([layout.to_dense(head) for head in range(layout.heads)])
 
 
