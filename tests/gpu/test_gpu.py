@@ -51,6 +51,8 @@ def test_any_head_dim_equals_itself_filled_with_zeros(head_dim: int, dtype: torc
 def test_everything_at_once() -> None:
     features = {"gqa", "per_head", "tile_bias", "attn_bias", "padding", "dropout", "lse", "strided"}
     check(triton_backend, random_case(block=32, q_len=300, features=features, device="cuda"))
+    of_parts = {"gqa", "per_head", "placed", "padding_by_head", "lse"}
+    check(triton_backend, random_case(block=32, q_len=300, features=of_parts, device="cuda"))
 
 
 def test_the_same_bits_every_time() -> None:
