@@ -9,7 +9,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sparsetile.distributed.pool import BufferPool, Lease, size_class
+import sparsetile as st
+from processes import run_ranks
+from sparsetile.distributed import Sharding, distributed_attention
+from sparsetile.distributed.pool import BufferPool, Lease, PoolStatistics, pool_of, size_class
 from sparsetile.errors import ArgumentError, PoolError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.float64)
@@ -121,6 +124,26 @@ def test_a_dropped_lease_takes_its_buffer_with_it() -> None:
     assert now.live_bytes == now.idle_bytes == 0
     with pool.lease((4,)) as other:
         assert other.data_ptr() != tensor.data_ptr()
+
+
+def exchanged(rank: int, world: int, keep: bool, per_head: bool, seed: int) -> PoolStatistics:
+    draw = random.Random(seed)
+    pattern = st.Local(300) | (st.Anchored(4096, 4) if per_head else st.Global(40))
+    for _ in range(20):
+        where = Sharding.contiguous(draw.randrange(600, 1200), world, 32)
+        x = torch.randn(1, 2, where.tokens_of(rank), 16, requires_grad=True)
+        out = distributed_attention(x, x, x, pattern, block_size=32, keep=keep)
+        out.square().sum().backward()
+    return pool_of(x.device).statistics()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_exchanges_of_varying_length_return_all_they_lend(keep: bool, per_head: bool) -> None:
+    seed = random.getrandbits(40)
+    for now in run_ranks(exchanged, 2, keep, per_head, seed):
+        assert now.live_bytes == 0 and now.leases >= 20 * 5, seed
+        assert now.allocations < 0.25 * now.leases, seed
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import weakref
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from types import TracebackType
 
 import torch
@@ -227,6 +228,12 @@ class BufferPool:
     def _forget(self, size: int) -> None:
         with self._lock:
             self._counts = replace(self._counts, live_bytes=self._counts.live_bytes - size)
+
+
+@cache
+def pool_of(device: torch.device) -> BufferPool:
+    """The pool that exchanges on this device share."""
+    return BufferPool(device)
 
 
 def size_class(size: int) -> int:
