@@ -47,10 +47,6 @@ class RankLostError(SparsetileError, RuntimeError):
     """A collective failed: a rank died, a link broke, or someone did not come within the group's timeout."""
 
 
-class PoolError(SparsetileError, RuntimeError):
-    """Memory that a pool lent was used, or given back, after it had been given back."""
-
-
 def explain(what: str, *, expected: object, got: object, fix: str) -> str:
     """One message in the house form: ``what: expected …, got …. fix``."""
     return f"{what}: expected {expected}, got {got}. {fix}"
