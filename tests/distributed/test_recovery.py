@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparsetile as st
 from processes import run_ranks
-from recovery_runs import BLOCK, CONFIG, LENGTH, Fault, Run, Tiny, runs, same_bits, schedule, survived
+from recovery_runs import BLOCK, CONFIG, LENGTH, Fault, Run, Tiny, alike, runs, schedule, survived
 from sparsetile.distributed import Sharding
 from sparsetile.distributed.recovery import Supervisor
 from sparsetile.errors import ArgumentError, MismatchError
@@ -31,7 +31,7 @@ def as_undisturbed(found: Sequence[Any], world: int = 3) -> bool:
     """Whether all ranks end with the very bits of a run without faults."""
     wanted = undisturbed(world)
     return len(found) == world and all(
-        same_bits(a["last"], b["last"]) and a["loss"] == b["loss"] for a, b in zip(found, wanted, strict=True)
+        alike(a["last"], b["last"]) and a["loss"] == b["loss"] for a, b in zip(found, wanted, strict=True)
     )
 
 
@@ -42,7 +42,7 @@ def test_without_faults_it_is_plain_training() -> None:
     torch.manual_seed(100)
     before = Tiny().state_dict()
     for each in found:
-        assert same_bits(each["last"]["model"], found[0]["last"]["model"])
+        assert alike(each["last"]["model"], found[0]["last"]["model"])
         assert not any(torch.equal(before[name], x) for name, x in each["last"]["model"].items())
 
 
@@ -128,7 +128,7 @@ def test_one_rank_without_memory_makes_all_stages_smaller(phase: str, every: int
         assert each["most"] == [half, half] and each["step"] == UNTIL
         assert torch.equal(each["last"]["random"], wanted["last"]["random"])
         for name, x in each["last"]["model"].items():
-            assert same_bits(x, found[0]["last"]["model"][name])
+            assert alike(x, found[0]["last"]["model"][name])
             torch.testing.assert_close(x, wanted["last"]["model"][name], rtol=0, atol=1e-12)
 
 
@@ -142,7 +142,7 @@ def test_a_stage_of_one_tile_is_the_end() -> None:
     assert "StepError: step 2" in found[0]["error"] and "rank 1: OutOfMemoryError" in found[0]["error"]
     for each, wanted in zip(found, undisturbed(), strict=True):
         assert each["most"] == [BLOCK, BLOCK]
-        assert same_bits(each["at"]["model"], wanted["starts"][2, 3]["model"])
+        assert alike(each["at"]["model"], wanted["starts"][2, 3]["model"])
         for name, x in each["last"]["model"].items():
             torch.testing.assert_close(x, wanted["last"]["model"][name], rtol=0, atol=1e-12)
 
