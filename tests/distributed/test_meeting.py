@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -52,8 +56,8 @@ def test_who_does_not_come_is_left_out(store: Any) -> None:
         Meeting(store, 1, 1, 3, 0.3).hold(Report("lost", ""))
 
 
-def without_a_store(rank: int, world: int) -> None:
-    """Rank 0 hosts the store and ends."""
+def without_a_store(rank: int, world: int, how: str) -> None:
+    """Rank 0 hosts the store, and closes it or freezes."""
     port = [0]
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -62,16 +66,22 @@ def without_a_store(rank: int, world: int) -> None:
     if rank:
         store = dist.TCPStore("127.0.0.1", port[0], is_master=False, timeout=timedelta(seconds=20))
     dist.barrier()
-    if rank == 0:
+    if rank == 0 and how == "close":
         del store
-    dist.barrier()
+    if rank == 0 and how == "freeze":
+        subprocess.Popen(["sh", "-c", f"sleep 8; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
     if rank:
+        time.sleep(1)
+        start = time.monotonic()
         with pytest.raises(RankLostError, match="a store that outlives any rank"):
             Meeting(store, 1, rank, world, 1.0).hold(Report("lost", ""))
+        assert time.monotonic() - start < 6
 
 
-def test_a_store_that_is_gone() -> None:
-    run_ranks(without_a_store, 2)
+@pytest.mark.parametrize("how", ["close", "freeze"])
+def test_a_store_that_is_gone(how: str) -> None:
+    run_ranks(without_a_store, 2, how)
 
 
 def test_kinds() -> None:

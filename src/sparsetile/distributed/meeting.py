@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -82,11 +84,21 @@ class Meeting:
         Raises:
             RankLostError: this rank came late, or the store is gone.
         """
+        answer: Future[dict[str, str]] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(self._roster(json.dumps(asdict(report))))
+            except RuntimeError as problem:
+                answer.set_exception(problem)
+
+        # A thread, because a TCPStore whose host is frozen is waited for without a deadline.
+        Thread(target=ask, daemon=True).start()
         try:
-            roster = self._roster(json.dumps(asdict(report)))
-        except RuntimeError as problem:
+            roster = answer.result(self.patience + self.timeout)
+        except (RuntimeError, TimeoutError) as problem:
             raise self._lost(
-                "a store that outlives any rank",
+                "a store that outlives any rank, and answers",
                 (str(problem) or type(problem).__name__).splitlines()[0],
                 "Start again from the last checkpoint.",
             ) from problem
