@@ -47,6 +47,10 @@ class RankLostError(SparsetileError, RuntimeError):
     """A collective failed: a rank died, a link broke, or someone did not come within the group's timeout."""
 
 
+class StepError(SparsetileError, RuntimeError):
+    """A training step that counts on no rank; raised on each of them, with what happened where."""
+
+
 def explain(what: str, *, expected: object, got: object, fix: str) -> str:
     """One message in the house form: ``what: expected …, got …. fix``."""
     return f"{what}: expected {expected}, got {got}. {fix}"

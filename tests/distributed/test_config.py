@@ -21,6 +21,12 @@ def test_memory():
     assert config.gradient_compression_ratio == 1
 
 
+@pytest.mark.parametrize("most", [0, -16, 1.5, "16", True])
+def test_stages(most):
+    with pytest.raises(ArgumentError, match="max_remote_tokens"):
+        DistributedSparseConfig(max_remote_tokens=most)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -14,12 +14,14 @@ import sparsetile as st
 from processes import run_ranks
 from sparsetile.distributed import shard_sequence, unshard_sequence
 from sparsetile.distributed.call import sharding_by
+from sparsetile.distributed.exchange import Exchange
+from sparsetile.distributed.rank_plan import Stage
 from sparsetile.errors import ArgumentError, MismatchError
 
 CONFIG = st.SparsePatternConfig("global_local", 0.3, block_size=16, global_tokens=16)
 
 
-def over_ranks(rank: int, world: int, order: str, lean: bool) -> None:
+def over_ranks(rank: int, world: int, order: str, lean: bool, most: int | None) -> None:
     torch.manual_seed(1)
     x = [torch.randn(2, 300, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     padding = torch.rand(2, 300) < 0.2
@@ -33,8 +35,17 @@ def over_ranks(rank: int, world: int, order: str, lean: bool) -> None:
         sparse_config=CONFIG,
         order=order,
         dropout=0.2,
-        distributed_config=st.DistributedSparseConfig(enable_memory_optimization=lean),
+        distributed_config=st.DistributedSparseConfig(
+            enable_memory_optimization=lean, max_remote_tokens=most
+        ),
     )
+    sizes, plain = [], Exchange.finish
+
+    def finish(exchange: Exchange, arriving: Any, stage: Stage) -> Any:
+        sizes.append(stage.width * CONFIG.block_size)
+        return plain(exchange, arriving, stage)
+
+    Exchange.finish = finish
     where = module.sharding_for(300)
     pieces = [shard_sequence(y, 1, where) for y in x]
     mask = shard_sequence(padding, 1, where)
@@ -44,12 +55,14 @@ def over_ranks(rank: int, world: int, order: str, lean: bool) -> None:
     got = torch.autograd.grad((out * weight).sum(), x)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    stages = len(sizes) // (2 if lean else 1)  # where tiles are not kept, backward has them sent again
+    assert stages == 1 if most is None else stages > 1 and max(sizes) <= most
 
 
 @pytest.mark.parametrize("order", ["contiguous", "balanced"])
-@pytest.mark.parametrize("lean", [False, True])
-def test_every_rank_gets_its_share_of_the_whole(order: str, lean: bool) -> None:
-    run_ranks(over_ranks, 3, order, lean)
+@pytest.mark.parametrize(("lean", "most"), [(False, None), (True, None), (False, 16), (True, 40)])
+def test_every_rank_gets_its_share_of_the_whole(order: str, lean: bool, most: int | None) -> None:
+    run_ranks(over_ranks, 3, order, lean, most)
 
 
 def with_weights(rank: int, world: int) -> None:

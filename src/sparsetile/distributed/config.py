@@ -22,6 +22,8 @@ class DistributedSparseConfig:
     Attributes:
         enable_memory_optimization: remote key-value tiles are not kept for backward, but sent again then: a
             layer's memory for them is free between its forward and its backward.
+        max_remote_tokens: the most remote tokens (of each kv head) that an exchange brings a rank, at least a
+            tile: more come in stages, one after the other. None: all at once.
         gradient_compression_ratio: bytes of gradients on the wire ÷ bytes of a bf16 ring all-reduce, in (0,
             1], indices included; 1 sends them whole. Below 1 only with the hook "topk".
         gradient_hook: how data-parallel ranks average gradients: "topk" (with error feedback), PyTorch's own
@@ -38,6 +40,7 @@ class DistributedSparseConfig:
     """
 
     enable_memory_optimization: bool = False
+    max_remote_tokens: int | None = None
     gradient_compression_ratio: float = 1.0
     gradient_hook: str | None = None
     gradient_warmup_steps: int = 0
@@ -53,6 +56,16 @@ class DistributedSparseConfig:
                     expected="True or False",
                     got=repr(self.enable_memory_optimization),
                     fix="Pass a bool.",
+                )
+            )
+        most = self.max_remote_tokens
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+            raise ArgumentError(
+                explain(
+                    "max_remote_tokens",
+                    expected="None or a number of tokens, a tile or more",
+                    got=repr(most),
+                    fix="None brings all remote tokens at once.",
                 )
             )
         ratio = self.gradient_compression_ratio

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from sparsetile.distributed.call import Order, check_order, sharding_by
 from sparsetile.distributed.config import DistributedSparseConfig
@@ -12,6 +14,15 @@ from sparsetile.distributed.sharding import Sharding
 from sparsetile.errors import ArgumentError, explain
 from sparsetile.nn.attention import BlockSparseRingDilatedAttention
 from sparsetile.patterns.config import SparsePatternConfig
+
+
+class Seen(NamedTuple):
+    """What a rank can tell of a call before the ranks agree on it."""
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    is_causal: bool
 
 
 class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention):
@@ -24,7 +35,7 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention
     Args:
         segment_lengths, dilation_rates, sparse_config, sparsity_ratio, scale, dropout, backend: as for
             :class:`BlockSparseRingDilatedAttention`.
-        distributed_config: memory; and how gradients travel between data-parallel ranks, once
+        distributed_config: memory and stages; and how gradients travel between data-parallel ranks, once
             :func:`sparsetile.distributed.compress_gradients` gives it to a DistributedDataParallel model.
         group: process group, one-dimensional DeviceMesh, or None: the default group at the time of a call.
         order: ``"contiguous"`` or ``"balanced"``, see :meth:`sharding_for`.
@@ -76,6 +87,8 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention
             )
         check_order(order)
         self.config, self.order = config, order
+        self.seen: Seen | None = None
+        """The last call over several ranks, whether it came to an end or not."""
 
     @property
     def spread(self) -> bool:
@@ -90,7 +103,26 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention
         return sharding_by(self.order, length, Ranks.of(self.ring).size, self.plan.block_size)
 
     def _exchange_settings(self) -> dict[str, Any]:
-        return {"order": self.order, "keep": not self.config.enable_memory_optimization}
+        return {
+            "order": self.order,
+            "keep": not self.config.enable_memory_optimization,
+            "max_remote_tokens": self.config.max_remote_tokens,
+        }
+
+    def _over_ranks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        is_causal: bool,
+        key_padding_mask: Tensor | None,
+        form: dict[str, Any],
+        average: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        # What is no such call is refused further on, on every rank alike.
+        one = all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k)) and isinstance(is_causal, bool)
+        self.seen = Seen(q.shape[1], q.shape[2], k.shape[2], is_causal) if one else None
+        return super()._over_ranks(q, k, v, is_causal, key_padding_mask, form, average)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}\norder={self.order!r}, {self.config!r}"

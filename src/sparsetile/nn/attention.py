@@ -156,7 +156,7 @@ class BlockSparseRingDilatedAttention(Planned):
 
     def _exchange_settings(self) -> dict[str, Any]:
         """How ranks share the sequence."""
-        return {"order": "contiguous", "keep": True}
+        return {"order": "contiguous", "keep": True, "max_remote_tokens": None}
 
     def _over_ranks(
         self,
@@ -181,7 +181,6 @@ class BlockSparseRingDilatedAttention(Planned):
             enable_gqa=True,
             backend=self.backend,
             block_size=self.plan.block_size,
-            max_remote_tokens=None,
             **self._exchange_settings(),
             **form,
         )
