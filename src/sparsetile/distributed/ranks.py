@@ -134,7 +134,9 @@ class Ranks:
         known = _side_groups.get(group)
         if known is None:
             members = dist.get_process_group_ranks(group)
-            known = dist.new_group(members, backend="gloo", use_local_synchronization=True)
+            # A group has its backend's timeout unless told otherwise, and gloo's is half an hour.
+            timeout = group._get_backend(torch.device("cuda")).options._timeout
+            known = dist.new_group(members, timeout, "gloo", use_local_synchronization=True)
             _side_groups[group] = known
         return known
 
