@@ -215,7 +215,11 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=positive, default=1, metavar="H", help="query heads (default 1)")
     parser.add_argument("--head", type=int, default=0, metavar="h", help="the head to draw (default 0)")
     parser.add_argument("--head-dim", type=positive, default=128, metavar="D", help="for FLOPs (default 128)")
-    parser.add_argument("--png", metavar="FILE", help="also write a picture (needs matplotlib)")
+    parser.add_argument(
+        "--png",
+        metavar="FILE",
+        help="also write a picture (needs matplotlib); with --adaptive the default is learned.png",
+    )
     parser.set_defaults(run=_show, unset=vars(parser.parse_args([])))
 
 
