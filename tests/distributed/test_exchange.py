@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from typing import Any
 
 import pytest
@@ -11,9 +13,10 @@ from torch import Tensor
 
 import sparsetile as st
 from processes import run_ranks
-from sparsetile.distributed import Plan, Sharding, distributed_attention
+from sparsetile.distributed import Plan, Sharding, distributed_attention, make_plan
 from sparsetile.distributed.exchange import Exchange
-from sparsetile.errors import ArgumentError, MismatchError
+from sparsetile.distributed.ranks import Ranks
+from sparsetile.errors import ArgumentError, MismatchError, RankLostError
 from spread_calls import BLOCK, Case, alone, on_rank
 
 
@@ -195,3 +198,50 @@ def wrong_nodes(rank: int, world: int, each: tuple[Any, ...]) -> str:
 def test_all_ranks_refuse_nodes_that_cannot_be(each: tuple[Any, ...], says: str) -> None:
     texts = run_ranks(wrong_nodes, 4, each, seconds=60)
     assert len(set(texts)) == 1 and texts[0].startswith(says), texts
+
+
+def summed(rank: int, world: int, by_head: bool) -> Tensor:
+    """What comes back if a unit's receiver from another node returns 256, and those it passed it on to 1."""
+    where = Sharding.contiguous(2 * world * BLOCK, world, BLOCK)
+    pattern = st.Random(1.0, seed=0, by_head=True) if by_head else st.Full()
+    layout = st.BlockLayout.from_pattern(pattern, where.length, block_size=BLOCK, heads=2)
+    plan = make_plan(layout, where, kv_heads=2, ranks_per_node=world // 2).for_rank(rank)
+    x = torch.zeros(1, 2, 2 * BLOCK, 8, dtype=torch.bfloat16)
+    exchange = Exchange(plan, Ranks.of(None), BLOCK, x, x, None)
+    (stage,) = plan.stages
+    exchange.advance(exchange.start(0), 0)
+    assert stage.forward is not None and stage.tiles.shape[0] == 1 + by_head
+    each = torch.zeros(stage.tiles.numel(), dtype=torch.bfloat16)
+    far = where.tile_owner()[stage.recv_units[:, 0]] // (world // 2) != rank // (world // 2)
+    each[stage.slots[far]], each[stage.forward.slots] = 256.0, 1.0
+    dk = each.view(-1, stage.width).repeat_interleave(BLOCK, 1)[None, :, :, None].expand(1, 2, -1, 8)
+    exchange.send_back(stage, dk, -dk)
+    exchange.send_on()
+    total = exchange.zeros()
+    exchange.add_back(total)
+    return total
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_gradients_of_a_node_are_added_in_fp32(by_head: bool) -> None:
+    """256 + 1 is 256 in bf16; 256 + 1 + 1 + 1, rounded once, is 260."""
+    for total in run_ranks(summed, 8, by_head):
+        assert total.dtype == torch.float32
+        assert (total[:, :, 0] == 260).all() and (total[:, :, 1] == -260).all()
+
+
+def lost(rank: int, world: int, phase: str) -> str:
+    """Rank 1 is killed in one of the exchanges within nodes; what the others raise."""
+    x = torch.randn(1, 2, 2 * BLOCK, 8, requires_grad=True)
+    if rank == 1:
+        setattr(Exchange, phase, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RankLostError, match="start again") as raised:
+        out = distributed_attention(x, x, x, st.Full(), block_size=BLOCK, ranks_per_node=2)
+        out.sum().backward()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("phase", ["_pass_on", "send_on"])
+def test_survivors_of_a_rank_that_was_to_pass_on_raise(phase: str) -> None:
+    texts = run_ranks(lost, 4, phase, seconds=60, killed={1})
+    assert [text is None for text in texts] == [False, True, False, False]
