@@ -39,9 +39,9 @@ TIMEOUT = 4.0
 class Tiny(nn.Module):
     """Two layers of attention with dropout before and after: its gradients depend on what was drawn."""
 
-    def __init__(self, most: int | None = None) -> None:
+    def __init__(self, most: int | None = None, node: int | None = None) -> None:
         super().__init__()
-        config = st.DistributedSparseConfig(max_remote_tokens=most)
+        config = st.DistributedSparseConfig(max_remote_tokens=most, ranks_per_node=node)
         self.attention = nn.ModuleList(
             st.create_block_sparse_attention("distributed", sparse_config=CONFIG, distributed_config=config)
             for _ in range(2)
@@ -183,6 +183,7 @@ class Run:
     timeout: float = TIMEOUT
     again: bool = False
     """Whether to go on after a StepError, without faults."""
+    node: int | None = None
 
 
 def state_of(model: nn.Module, optimizer: Any, position: Position, step: int) -> dict[str, Any]:
@@ -209,7 +210,7 @@ def trained(rank: int, world: int, run: Run, port: int) -> dict[str, Any]:
         "gloo", store=beginning, rank=rank, world_size=world, timeout=timedelta(seconds=run.timeout)
     )
     torch.manual_seed(100)
-    model = Tiny(run.most)
+    model = Tiny(run.most, run.node)
     # A bias of keys has no gradient but rounding, which Adam would blow up with a smaller eps.
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-4)
     torch.manual_seed(rank)
@@ -337,7 +338,7 @@ def survived(world: int, run: Run) -> list[Any]:
         back = [min(number for number, size in each["attempts"] if size == len(now)) for each in now]
         assert len(set(back)) == 1
         starts = [each["starts"][back[0], len(now)] for each in now]
-    wanted = runs(len(now), Run(run.until, every=run.every, most=run.most, state=starts))
+    wanted = runs(len(now), Run(run.until, every=run.every, most=run.most, state=starts, node=run.node))
     tolerance = 1e-12 if any(fault.kind == "memory" for fault in run.faults) else 0.0
     for got, want in zip(now, wanted, strict=True):
         assert alike(got["last"], want["last"], tolerance) and alike(got["loss"], want["loss"], tolerance)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,109 +15,10 @@ from torch.testing._internal.common_distributed import spawn_threads_and_init_co
 
 import sparsetile as st
 from processes import run_ranks
-from sparsetile.distributed import Sharding, distributed_attention, unshard_sequence
+from sparsetile.distributed import Sharding, distributed_attention
 from sparsetile.errors import ArgumentError, BackendError, MismatchError, RankLostError
 from sparsetile.kernels import cpu, triton_backend
-
-BLOCK = 16
-
-
-@dataclass
-class Case:
-    """One call over the whole sequence; ``seed`` draws its tensors."""
-
-    seed: int
-    pattern: Any
-    length: int
-    heads: int = 2
-    kv_heads: int = 2
-    is_causal: bool = False
-    order: str = "contiguous"
-    most: int | None = None
-    padded: bool = False
-    dropout: float = 0.0
-    biased: bool = False
-    dtype: torch.dtype = torch.float64
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def tensors(self) -> dict[str, Tensor]:
-        torch.manual_seed(self.seed)
-        made = {
-            "q": torch.randn(2, self.heads, self.length, 8, dtype=self.dtype),
-            "k": torch.randn(2, self.kv_heads, self.length, 8, dtype=self.dtype),
-            "v": torch.randn(2, self.kv_heads, self.length, 8, dtype=self.dtype),
-            "grad": torch.randn(2, self.heads, self.length, 8, dtype=self.dtype),
-            "grad_lse": torch.randn(2, self.heads, self.length, dtype=self.dtype),
-        }
-        if self.biased:
-            made["bias"] = torch.randn(self.layout().capacity, dtype=self.dtype)
-        return made
-
-    def layout(self) -> Any:
-        if not self.biased:
-            return self.pattern
-        pattern = self.pattern & st.Causal() if self.is_causal else self.pattern
-        return st.BlockLayout.from_pattern(pattern, self.length, block_size=BLOCK, heads=self.heads)
-
-    def mask(self) -> Tensor | None:
-        torch.manual_seed(self.seed + 1)
-        return torch.rand(2, self.length) < 0.3 if self.padded else None
-
-    def common(self) -> dict[str, Any]:
-        return {
-            "is_causal": self.is_causal and not self.biased,
-            "dropout_p": self.dropout,
-            "block_size": BLOCK,
-            "enable_gqa": True,
-            "return_lse": True,
-        }
-
-
-def alone(case: Case) -> dict[str, Tensor]:
-    """The single process."""
-    made = case.tensors()
-    leaves = {name: x.requires_grad_() for name, x in made.items() if not name.startswith("grad")}
-    bias, mask = leaves.get("bias"), case.mask()
-    torch.manual_seed(case.seed + 2)  # dropout's seed is drawn next
-    out, lse = st.sparse_attention(
-        leaves["q"], leaves["k"], leaves["v"], case.layout(), key_padding_mask=mask, tile_bias=bias,
-        **case.common(),
-    )  # fmt: skip
-    total = (out * made["grad"]).sum() + (lse * made["grad_lse"]).masked_fill(lse.isinf(), 0.0).sum()
-    grads = torch.autograd.grad(total, list(leaves.values()))
-    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(leaves, grads, strict=True))}
-
-
-def on_rank(rank: int, world: int, cases: list[Case]) -> list[dict[str, Tensor]]:
-    """The same over ranks, put together again."""
-    found = []
-    for case in cases:
-        made = case.tensors()
-        cut = Sharding.balanced if case.order == "balanced" else Sharding.contiguous
-        where = cut(case.length, world, BLOCK)
-        pieces = {
-            name: x.index_select(2, where.positions_of(rank)) for name, x in made.items() if name != "bias"
-        }
-        leaves = {name: pieces[name].requires_grad_() for name in "qkv"}
-        if case.biased:
-            leaves["bias"] = made["bias"].requires_grad_()
-        mask = case.mask()
-        torch.manual_seed(case.seed + 2 + rank)  # of the draws of all ranks that of rank 0 counts
-        out, lse = distributed_attention(
-            leaves["q"], leaves["k"], leaves["v"], case.layout(), order=case.order,
-            key_padding_mask=None if mask is None else mask[:, where.positions_of(rank)],
-            tile_bias=leaves.get("bias"), max_remote_tokens=case.most, **case.common(), **case.options,
-        )  # fmt: skip
-        total = (out * pieces["grad"]).sum()
-        total = total + (lse * pieces["grad_lse"]).masked_fill(lse.isinf(), 0.0).sum()
-        grads = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
-        whole = {"out": unshard_sequence(out, 2, where), "lse": unshard_sequence(lse, 2, where)}
-        whole |= {name: unshard_sequence(grads[name], 2, where) for name in "qkv"}
-        if case.biased:
-            torch.distributed.all_reduce(grads["bias"])
-            whole["bias"] = grads["bias"]
-        found.append({name: x.detach() for name, x in whole.items()})
-    return found
+from spread_calls import BLOCK, Case, alone, on_rank
 
 
 def drawn(seed: int) -> list[Case]:
@@ -241,10 +142,11 @@ def test_sixty_four_ranks() -> None:
 
 def few_tokens(rank: int, world: int) -> None:
     """Ranks that hold nothing take part."""
-    case = Case(5, st.Local(40), 2 * BLOCK + 3, is_causal=True, padded=True)
-    expected = alone(case)
-    for name, got in on_rank(rank, world, [case])[0].items():
-        torch.testing.assert_close(got, expected[name], rtol=1e-10, atol=1e-10)
+    for options in ({}, {"ranks_per_node": 2}):
+        case = Case(5, st.Local(40), 2 * BLOCK + 3, is_causal=True, padded=True, options=options)
+        expected = alone(case)
+        for name, got in on_rank(rank, world, [case])[0].items():
+            torch.testing.assert_close(got, expected[name], rtol=1e-10, atol=1e-10)
 
 
 def test_ranks_without_tokens() -> None:
@@ -263,7 +165,8 @@ def test_the_same_bits_every_time_and_on_every_rank() -> None:
 
 
 def half_precision(rank: int, world: int) -> None:
-    case = Case(7, st.Local(60), 400, 4, 2, is_causal=True, dtype=torch.bfloat16, most=BLOCK)
+    options = {"ranks_per_node": 2} if world > 2 else {}
+    case = Case(7, st.Local(60), 400, 4, 2, True, dtype=torch.bfloat16, most=BLOCK, options=options)
     expected = alone(case)
     for name, got in on_rank(rank, world, [case])[0].items():
         want = expected[name]
@@ -272,8 +175,9 @@ def half_precision(rank: int, world: int) -> None:
         assert error < 2**-7, f"{name}: {error:.3g}"
 
 
-def test_half_precision() -> None:
-    run_ranks(half_precision, 2)
+@pytest.mark.parametrize("world", [2, 4])
+def test_half_precision(world: int) -> None:
+    run_ranks(half_precision, world)
 
 
 def counted(rank: int, world: int, most: int | None) -> tuple[int, int]:
@@ -433,7 +337,7 @@ def test_a_second_derivative_is_refused() -> None:
 
 def test_a_world_of_one_refuses_the_same_settings() -> None:
     x = torch.randn(1, 2, BLOCK, 8)
-    for settings in ({"order": "ring"}, {"keep": 1}):
+    for settings in ({"order": "ring"}, {"keep": 1}, {"ranks_per_node": 0}, {"ranks_per_node": 2.0}):
         with pytest.raises(ArgumentError, match=next(iter(settings))):
             distributed_attention(x, x, x, st.Full(), block_size=BLOCK, **settings)
 

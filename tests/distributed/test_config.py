@@ -27,6 +27,33 @@ def test_stages(most):
         DistributedSparseConfig(max_remote_tokens=most)
 
 
+@pytest.mark.parametrize("node", [0, -2, 2.0, "2", True])
+def test_nodes(node):
+    with pytest.raises(ArgumentError, match="ranks_per_node"):
+        DistributedSparseConfig(ranks_per_node=node)
+
+
+DENSITIES = {"local_sparsity": 0.4, "global_sparsity": 0.1, "inter_node_sparsity": 0}
+
+
+@pytest.mark.parametrize("density", [-0.1, 1.1, math.nan, "0.1", True])
+@pytest.mark.parametrize("name", list(DENSITIES))
+def test_each_density_by_distance(name, density):
+    with pytest.raises(ArgumentError, match=f"{name}: expected None or a density"):
+        DistributedSparseConfig(ranks_per_node=2, **DENSITIES | {name: density})
+
+
+def test_densities_by_distance():
+    for name in DENSITIES:
+        two = {key: value for key, value in DENSITIES.items() if key != name}
+        with pytest.raises(ArgumentError, match="expected all three or none"):
+            DistributedSparseConfig(ranks_per_node=2, **two)
+    with pytest.raises(ArgumentError, match="ranks_per_node: expected a number beside densities"):
+        DistributedSparseConfig(**DENSITIES)
+    assert DistributedSparseConfig(ranks_per_node=2, **DENSITIES).densities == (0.4, 0.1, 0)
+    assert DistributedSparseConfig(ranks_per_node=2).densities is None
+
+
 @pytest.mark.parametrize(
     "settings",
     [

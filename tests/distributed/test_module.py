@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import sparsetile as st
@@ -16,7 +18,7 @@ from sparsetile.distributed import shard_sequence, unshard_sequence
 from sparsetile.distributed.call import sharding_by
 from sparsetile.distributed.exchange import Exchange
 from sparsetile.distributed.rank_plan import Stage
-from sparsetile.errors import ArgumentError, MismatchError
+from sparsetile.errors import ArgumentError, MismatchError, SparsetileError
 
 CONFIG = st.SparsePatternConfig("global_local", 0.3, block_size=16, global_tokens=16)
 
@@ -63,6 +65,97 @@ def over_ranks(rank: int, world: int, order: str, lean: bool, most: int | None) 
 @pytest.mark.parametrize(("lean", "most"), [(False, None), (True, None), (False, 16), (True, 40)])
 def test_every_rank_gets_its_share_of_the_whole(order: str, lean: bool, most: int | None) -> None:
     run_ranks(over_ranks, 3, order, lean, most)
+
+
+DISTANCES = {"local_sparsity": 0.5, "global_sparsity": 0.3, "inter_node_sparsity": 0.2}
+NODES = st.DistributedSparseConfig(ranks_per_node=2, **DISTANCES)
+
+
+def by_distance(rank: int, world: int, order: str, is_causal: bool, settings: dict[str, Any]) -> None:
+    length = 23 * 128 + 40
+    torch.manual_seed(5)
+    x = [torch.randn(1, length, h, 8, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1)]
+    weight = torch.randn(1, length, 2, 8, dtype=torch.float64)
+    where = sharding_by(order, length, world, 128)
+    pattern = where.hierarchical(0.5, 0.3, 0.2, ranks_per_node=2, is_causal=is_causal)
+    expected = st.sparse_attention(*(y.transpose(1, 2) for y in x), pattern, enable_gqa=True).transpose(1, 2)
+    wanted = torch.autograd.grad((expected * weight).sum(), x)
+    module = st.create_block_sparse_attention(
+        "distributed", order=order, distributed_config=replace(NODES, **settings)
+    )
+    assert module.plan.pattern_for(is_causal) == pattern and module.sharding_for(length) == where
+    seen = []
+    plain = torch.distributed.all_to_all_single
+
+    def counted(received: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(args[1])
+        return plain(received, *args, **kwargs)
+
+    torch.distributed.all_to_all_single = counted
+    out = unshard_sequence(module(*(shard_sequence(y, 1, where) for y in x), is_causal), 1, where)
+    # Two exchanges a stage, the second within the node.
+    near = range(rank // 2 * 2, rank // 2 * 2 + 2)
+    passed = [splits for n, splits in enumerate(seen) if n % 2]
+    if not settings:
+        assert len(seen) == 2
+        assert all(not units or sender in near for splits in passed for sender, units in enumerate(splits))
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    got = torch.autograd.grad((out * weight).sum(), x)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("order", "settings"),
+    [
+        ("contiguous", {}),
+        ("balanced", {"enable_memory_optimization": True, "max_remote_tokens": 512}),
+    ],
+)
+def test_density_by_distance_is_what_one_process_computes(
+    order: str, is_causal: bool, settings: dict[str, Any]
+) -> None:
+    run_ranks(by_distance, 4, order, is_causal, settings)
+
+
+def test_density_by_distance_in_a_world_of_one() -> None:
+    """One rank of one node: all is local, and however many ranks a node holds."""
+    x = torch.randn(1, 1500, 2, 8)
+    module = st.BlockSparseRingDistributedDilatedAttention(distributed_config=NODES, order="balanced")
+    for one in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        for is_causal in (False, True):
+            pattern = st.Hierarchical(1, None, 0.5, 0.0, 0.0, causal=is_causal)
+            y = x.transpose(1, 2)
+            expected = st.sparse_attention(y, y, y, pattern, is_causal=is_causal).transpose(1, 2)
+            torch.testing.assert_close(one(x, x, x, is_causal), expected)
+    kept = module.layout_for(1500).row_counts()
+    assert torch.equal(kept, torch.full_like(kept, 6))  # of 12 tiles
+    assert module.density_for(1500).requested is None
+    assert "local_sparsity=0.5" in repr(module) and "global_local" not in repr(module)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, x, x, True), module(x, x, x, True))
+
+
+def nodes_that_cannot_be(rank: int, world: int, each: tuple[int, ...]) -> list[str]:
+    x, texts = torch.randn(1, 128, 2, 8), []
+    for config in (
+        st.DistributedSparseConfig(ranks_per_node=each[rank], **DISTANCES),
+        st.DistributedSparseConfig(ranks_per_node=each[rank]),
+    ):
+        module = st.BlockSparseRingDistributedDilatedAttention(distributed_config=config)
+        assert module.sharding_for(512).tokens_of(rank) == 128
+        with pytest.raises(SparsetileError) as raised:
+            module(x, x, x)
+        texts.append(f"{type(raised.value).__name__}: {raised.value}")
+        assert "ranks_per_node" in repr(module)
+    return texts
+
+
+@pytest.mark.parametrize("each", [(3, 3, 3, 3), (2, 3, 2, 2), (2, 4, 2, 2), (3, 5, 3, 3)])
+def test_all_ranks_refuse_nodes_that_cannot_be(each: tuple[int, ...]) -> None:
+    first, *others = run_ranks(nodes_that_cannot_be, 4, each, seconds=60)
+    assert all(texts == first for texts in others) and all("ranks_per_node" in text for text in first), first
 
 
 def with_weights(rank: int, world: int) -> None:
@@ -136,6 +229,10 @@ def test_a_world_of_one_is_the_base_module() -> None:
     assert "order='contiguous'" in repr(module)
 
 
+def with_distances(**pattern: Any) -> Any:
+    return st.create_block_sparse_attention("distributed", distributed_config=NODES, **pattern)
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -145,6 +242,10 @@ def test_a_world_of_one_is_the_base_module() -> None:
             "DistributedSparseConfig",
         ),
         (lambda: st.BlockSparseRingDistributedDilatedAttention(group="cp"), "process group"),
+        (lambda: with_distances(sparsity_ratio=0.2), "sparsity_ratio: expected None beside densities"),
+        (lambda: with_distances(sparse_config=CONFIG), "sparse_config: expected None beside densities"),
+        (lambda: with_distances(segment_lengths=[512]), "segment_lengths: expected None beside densities"),
+        (lambda: with_distances(dilation_rates=[2]), "dilation_rates: expected None beside densities"),
     ],
 )
 def test_bad_arguments(make: Any, says: str) -> None:

@@ -150,10 +150,9 @@ def _check_travel(plan):
                 slots.append(stage.forward.slots)
                 exchanges.append((stage.forward, [other.stages[number].forward for other in ranks]))
                 assert (node[_ranks(stage.forward.recv_splits)] == node[mine.rank]).all()
-                # What is passed on lies in the buffer already.
-                assert torch.isin(stage.forward.send_slots, stage.slots).all()
-                passed = stage.tiles.flatten()[stage.forward.send_slots]
-                assert torch.equal(passed, stage.forward.send_units[:, 0])
+                # What is passed on has come first, with its kv head.
+                passed = stage.recv_units[stage.forward.send_places]
+                assert torch.equal(passed, stage.forward.send_units)
                 recv = recv - torch.tensor(stage.forward.recv_splits)
                 sent = sent - torch.tensor(stage.forward.send_splits)
             assert recv.tolist() == stage.recv_splits and sent.tolist() == stage.send_splits

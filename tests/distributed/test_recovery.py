@@ -16,7 +16,7 @@ import sparsetile as st
 from processes import run_ranks
 from recovery_runs import BLOCK, CONFIG, LENGTH, Fault, Run, Tiny, alike, runs, schedule, survived
 from sparsetile.distributed import Sharding
-from sparsetile.distributed.recovery import Supervisor
+from sparsetile.distributed.recovery import Supervisor, _remote_tokens
 from sparsetile.errors import ArgumentError, MismatchError
 
 UNTIL = 5
@@ -71,6 +71,14 @@ def test_survivors_of_a_killed_rank_go_on_as_a_smaller_world(rank: int, phase: s
 def test_the_last_survivor_goes_on_alone() -> None:
     faults = [Fault(0, 1, "backward", "kill"), Fault(1, 1, "forward", "kill"), Fault(3, 2, "forward", "kill")]
     survived(4, Run(4, faults, timeout=3.0))
+
+
+def test_nodes_are_counted_anew_and_half_a_node_is_the_end() -> None:
+    faults = [Fault(rank, 2, "forward", "kill") for rank in (1, 2)]
+    survived(4, Run(4, faults, timeout=3.0, node=2))
+    found = runs(4, Run(4, faults[:1], timeout=3.0, node=2))
+    texts = {each["error"] for each in found if each is not None}
+    assert len(texts) == 1 and "ranks_per_node: expected a divisor of 3 ranks, got 2" in texts.pop()
 
 
 def test_a_rank_that_stalls_is_left_behind() -> None:
@@ -130,6 +138,21 @@ def test_one_rank_without_memory_makes_all_stages_smaller(phase: str, every: int
         for name, x in each["last"]["model"].items():
             assert alike(x, found[0]["last"]["model"][name])
             torch.testing.assert_close(x, wanted["last"]["model"][name], rtol=0, atol=1e-12)
+
+
+def test_what_arrives_at_most_by_distance() -> None:
+    """Asked for when there is no group."""
+    config = st.DistributedSparseConfig(
+        ranks_per_node=2, local_sparsity=0.5, global_sparsity=0.3, inter_node_sparsity=0.2
+    )
+    module = st.create_block_sparse_attention("distributed", distributed_config=config)
+    where = Sharding.contiguous(4096, 4, 128)
+    layout = st.BlockLayout.from_pattern(where.hierarchical(0.5, 0.3, 0.2, 2), 4096)
+    row, column = layout.rows_and_columns()
+    owner = where.tile_owner()
+    away = [column[(owner[row] == rank) & (owner[column] != rank)].unique().numel() for rank in range(4)]
+    assert max(away) > 0
+    assert _remote_tokens(module, 4096, 4, (1024, 2, 2, False)) == max(away) * 128
 
 
 def test_a_stage_of_one_tile_is_the_end() -> None:

@@ -51,6 +51,7 @@ def distributed_attention(
     block_size: int = ...,
     enable_gqa: bool = ...,
     max_remote_tokens: int | None = ...,
+    ranks_per_node: int | None = ...,
     keep: bool = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
@@ -74,6 +75,7 @@ def distributed_attention(
     block_size: int = ...,
     enable_gqa: bool = ...,
     max_remote_tokens: int | None = ...,
+    ranks_per_node: int | None = ...,
     keep: bool = ...,
     backend: str = ...,
     return_lse: Literal[True],
@@ -96,6 +98,7 @@ def distributed_attention(
     block_size: int = 128,
     enable_gqa: bool = False,
     max_remote_tokens: int | None = None,
+    ranks_per_node: int | None = None,
     keep: bool = True,
     backend: str = "auto",
     return_lse: bool = False,
@@ -127,6 +130,10 @@ def distributed_attention(
         block_size: tile edge in tokens.
         max_remote_tokens: the most remote tokens (of each kv head) that an exchange brings a rank: more come
             in stages, one after the other. None: all at once.
+        ranks_per_node: how many consecutive ranks of the group one node holds, a divisor of their number. A
+            unit that several ranks of another node need travels there once and is passed on there; one sum
+            of its gradients travels back. None: ranks receive all from its owners. A world of one sends
+            nothing, whatever the number.
         keep: whether remote tiles are kept for backward; else they are sent again then.
 
     Returns:
@@ -140,7 +147,7 @@ def distributed_attention(
     """
     ranks = Ranks.of(group)
     if ranks.size == 1:
-        check_choices(order, keep)
+        check_choices(order, keep, ranks_per_node)
         # The layout of a text or Pattern is the cache's; all else is what one process does anyway.
         out, lse = sparse_attention(
             query,
@@ -159,7 +166,16 @@ def distributed_attention(
         )
         return (out, lse) if return_lse else out
     settings = Settings(
-        order, is_causal, scale, dropout_p, enable_gqa, backend, block_size, max_remote_tokens, keep
+        order,
+        is_causal,
+        scale,
+        dropout_p,
+        enable_gqa,
+        backend,
+        block_size,
+        max_remote_tokens,
+        keep,
+        ranks_per_node=ranks_per_node,
     )
     done = over_ranks(query, key, value, pattern, ranks, settings, key_padding_mask, tile_bias)
     return (done.out, done.lse) if return_lse else done.out
@@ -218,7 +234,7 @@ def over_ranks(
         most = query.new_empty((*query.shape[:2], max(counts), query.shape[3]), device="meta")
         check_dense_size(most, length)
     layout = layout_of(pattern, settings.is_causal, length, where.block, query.shape[1])
-    plan = plan_of(layout, where, ranks.rank, query, key, settings.max_remote_tokens)
+    plan = plan_of(layout, where, ranks.rank, query, key, settings.max_remote_tokens, settings.ranks_per_node)
     scale = 1.0 / math.sqrt(query.shape[3]) if settings.scale is None else float(settings.scale)
     seed = None
     if settings.dropout_p > 0.0:
@@ -311,8 +327,7 @@ class _Spread(torch.autograd.Function):
             done = _merged(None, call.attend(plan.own, q, call.own(k, v), biases[0]))
         kept: list[Tensor | None] = []
         for number, stage in enumerate(plan.stages):
-            buffers = exchange.finish(arriving, stage)
-            arriving = exchange.start(number + 1)
+            buffers, arriving = exchange.advance(arriving, number)
             if stage.layout is not None:
                 done = _merged(done, call.attend(stage.layout, q, buffers, biases[number + 1]))
             if call.keep:
@@ -347,22 +362,20 @@ class _Spread(torch.autograd.Function):
                 of_biases[number] = found.tile_bias.sum_to_size(bias.shape).to(bias.dtype)
             return found.k, found.v
 
-        returning = []
         for number, stage in enumerate(plan.stages):
             if call.keep:
                 held_k, held_v, held_mask = kept[3 * number : 3 * number + 3]
                 buffers = Buffers(held_k, held_v, held_mask, stage.tiles)
             else:
-                buffers = exchange.finish(arriving, stage)
-                arriving = exchange.start(number + 1)
+                buffers, arriving = exchange.advance(arriving, number)
             pair = (None, None) if stage.layout is None else part(number + 1, stage.layout, buffers)
-            returning.append(exchange.send_back(stage, *pair))
+            exchange.send_back(stage, *pair)
+        exchange.send_on()
         total = exchange.zeros()
         if plan.own is not None:
             # Computed while the others' gradients are on their way.
             exchange.add_own(total, *part(0, plan.own, call.own(k, v)))
-        for stage, back in zip(plan.stages, returning, strict=True):
-            exchange.add_back(back, stage, total)
+        exchange.add_back(total)
         dk, dv = exchange.packed(total, k.shape[2])
         return None, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *of_biases
 

@@ -30,7 +30,7 @@ from sparsetile.patterns import Full, Pattern
 
 Order = Literal["contiguous", "balanced"]
 ORDERS = ("contiguous", "balanced")
-_VERSION = 2
+_VERSION = 3
 """Of what goes over the wire: ranks of different versions must not exchange."""
 
 
@@ -48,6 +48,7 @@ class Settings(NamedTuple):
     keep: bool
     need_weights: bool = False
     weights: str = "dense"
+    ranks_per_node: int | None = None
 
 
 def checked(
@@ -87,7 +88,7 @@ def checked(
     check_flag("is_causal", settings.is_causal)
     check_settings(settings.scale, settings.dropout_p, "dropout_p")
     check_mask(mask, query, key.shape[2])
-    check_choices(settings.order, settings.keep)
+    check_choices(settings.order, settings.keep, settings.ranks_per_node)
     check_flag("need_weights", settings.need_weights)
     check_form(settings.weights, settings.need_weights)
     if not op.plain(query, key, value):
@@ -106,9 +107,24 @@ def checked(
     return query, key, value
 
 
-def check_choices(order: object, keep: object) -> None:
+def check_choices(order: object, keep: object, ranks_per_node: object) -> None:
     check_flag("keep", keep)
     check_order(order)
+    check_node(ranks_per_node)
+
+
+def check_node(ranks_per_node: object) -> None:
+    """Raises ArgumentError unless it is None or an int ≥ 1. Whether it divides the ranks says the plan, which
+    all ranks make."""
+    if ranks_per_node is not None and (type(ranks_per_node) is not int or ranks_per_node < 1):
+        raise ArgumentError(
+            explain(
+                "ranks_per_node",
+                expected="None or an integer ≥ 1 that divides the number of ranks",
+                got=repr(ranks_per_node),
+                fix="Count the ranks of one node; None takes all as one.",
+            )
+        )
 
 
 def check_order(order: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,12 +34,28 @@ class Buffers:
 
 @dataclass(frozen=True, eq=False)
 class _Arriving:
-    """Payloads on their way; what is sent must live until it is there."""
+    """Units on their way: keys and values, and the mask if there is one; what is sent must live until it is
+    there. The first exchange fills the first places, the second one the rest."""
 
     works: list[dist.Work]
-    tiles: Tensor
-    mask: Tensor | None
-    sent: tuple[Tensor, ...]
+    received: list[Tensor]
+    sent: list[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Returning:
+    """Gradients of a stage on their way back.
+
+    Attributes:
+        first: this rank's own, of the units that came first, while those of the units that it passed on come
+            back within the node; None once their sum is on its way to the owners.
+    """
+
+    stage: Stage
+    work: dist.Work
+    received: Tensor
+    sent: Tensor
+    first: Tensor | None
 
 
 class Exchange:
@@ -47,6 +64,10 @@ class Exchange:
     A unit on the wire is ``[2, B, Hkv, block, D]`` (keys and values of all heads), or without Hkv if units
     are of one kv head; the short last tile is filled up with zeros. The mask of its tokens, ``[B, block]``,
     goes beside each, of one kv head or of all: a byte a token, where the keys are hundreds.
+
+    Where the plan knows nodes, a stage has two exchanges: units come from their owners, one copy for each
+    node, and are passed on within it. Their gradients go the same ways back: first to the rank that passed
+    the unit on, which adds them to its own, then one sum to the owner.
 
     Args:
         k, v: ``[B, Hkv, n, D]`` of this rank.
@@ -59,6 +80,7 @@ class Exchange:
         self.plan, self.ranks, self.block = plan, ranks, block
         self.batch, self.kv_heads, tokens, self.dim = k.shape
         self.dtype, self.device = k.dtype, k.device
+        self._returning: list[_Returning] = []
         rest = -tokens % block
         self.k, self.v, self.count = k, v, (tokens + rest) // block
         self.mask = None
@@ -73,82 +95,124 @@ class Exchange:
         return torch.unflatten(both, 3, (-1, self.block)).permute(3, 2, 0, 1, 4, 5)
 
     def start(self, number: int) -> _Arriving | None:
-        """Begins the exchange of a stage; None past the last one. Collective."""
+        """Begins the first exchange of a stage; None past the last one. Collective."""
         if number >= len(self.plan.stages):
             return None
         stage = self.plan.stages[number]
-        shape = (self.kv_heads,) if self._together(stage) else ()
-        unit = (*shape, 2, self.batch, self.block, self.dim)
         if self._together(stage):
-            out = self.tiles.index_select(0, stage.send_places)
+            sent = [self.tiles.index_select(0, stage.send_places)]
         else:
-            out = self.tiles[stage.send_places, stage.send_units[:, 1]]
-        tiles, works = self._move(out, unit, stage)
-        mask: Tensor | None = None
-        sent: tuple[Tensor, ...] = (out,)
+            sent = [self.tiles[stage.send_places, stage.send_units[:, 1]]]
         if self.mask is not None:
-            marks = self.mask.index_select(0, stage.send_places).to(torch.uint8)
-            mask, more = self._move(marks, (self.batch, self.block), stage)
-            works, sent = works + more, (out, marks)
-        return _Arriving(works, tiles, mask, sent)
+            sent.append(self.mask.index_select(0, stage.send_places).to(torch.uint8))
+        units = stage.slots.numel() + (0 if stage.forward is None else stage.forward.slots.numel())
+        received = [self._empty(units, x) for x in sent]
+        works = [
+            self._all_to_all(room[: stage.slots.numel()], x, stage.recv_splits, stage.send_splits)
+            for room, x in zip(received, sent, strict=True)
+        ]
+        return _Arriving(works, received, sent)
 
-    def finish(self, arriving: _Arriving | None, stage: Stage) -> Buffers:
-        """Waits for a stage's payloads and lays them out as its buffer."""
+    def advance(self, arriving: _Arriving | None, number: int) -> tuple[Buffers, _Arriving | None]:
+        """Waits for a stage; returns its buffer, and the stage after it on its way. Collective."""
         assert arriving is not None
-        with self.ranks.watched("the exchange of tiles"):
-            for work in arriving.works:
-                work.wait()
+        stage = self.plan.stages[number]
+        passing = self._pass_on(arriving, stage)
+        # Before what is passed on is waited for: the next stage need not.
+        following = self.start(number + 1)
+        return self.finish(passing, stage), following
+
+    def _pass_on(self, arriving: _Arriving, stage: Stage) -> _Arriving:
+        """Begins the second exchange of a stage, if it has one, once the first is over. Collective."""
+        self._wait(arriving.works)
+        hop = stage.forward
+        if hop is None:
+            return _Arriving([], arriving.received, [])
+        sent = [x.index_select(0, hop.send_places) for x in arriving.received]
+        works = [
+            self._all_to_all(room[stage.slots.numel() :], x, hop.recv_splits, hop.send_splits)
+            for room, x in zip(arriving.received, sent, strict=True)
+        ]
+        return _Arriving(works, arriving.received, sent)
+
+    def finish(self, arriving: _Arriving, stage: Stage) -> Buffers:
+        """Waits for a stage's last units and lays them all out as its buffer."""
+        self._wait(arriving.works)
+        tiles, *marks = arriving.received
         mask = None
         if self._together(stage):
             # [width, Hkv, 2, B, block, D]
-            lines = arriving.tiles.permute(2, 3, 1, 0, 4, 5)
-            if arriving.mask is not None:
-                mask = arriving.mask.transpose(0, 1).flatten(1) != 0
+            lines = tiles.permute(2, 3, 1, 0, 4, 5)
+            if marks:
+                mask = marks[0].transpose(0, 1).flatten(1) != 0
         else:
-            size = (stage.tiles.numel(), 2, self.batch, self.block, self.dim)
-            buffer = torch.zeros(size, dtype=self.dtype, device=self.device)
-            buffer[stage.slots] = arriving.tiles
+            slots = stage.slots if stage.forward is None else torch.cat((stage.slots, stage.forward.slots))
+            buffer = tiles.new_zeros((stage.tiles.numel(), *tiles.shape[1:]))
+            buffer[slots] = tiles
             lines = torch.unflatten(buffer, 0, stage.tiles.shape).permute(2, 3, 0, 1, 4, 5)
-            if arriving.mask is not None:
-                marks = arriving.mask.new_ones((stage.tiles.numel(), self.batch, self.block))
-                marks[stage.slots] = arriving.mask
-                mask = torch.unflatten(marks, 0, stage.tiles.shape).permute(2, 0, 1, 3).flatten(2) != 0
+            if marks:
+                each = marks[0].new_ones((stage.tiles.numel(), self.batch, self.block))
+                each[slots] = marks[0]
+                mask = torch.unflatten(each, 0, stage.tiles.shape).permute(2, 0, 1, 3).flatten(2) != 0
         k, v = lines.reshape(2, self.batch, self.kv_heads, stage.width * self.block, self.dim).unbind(0)
         return Buffers(k, v, mask, stage.tiles)
 
-    def send_back(self, stage: Stage, dk: Tensor | None, dv: Tensor | None) -> _Arriving:
-        """Begins the way back of a stage's gradients (None: this rank has none). Collective."""
+    def send_back(self, stage: Stage, dk: Tensor | None, dv: Tensor | None) -> None:
+        """Begins the way back of the next stage's gradients (None: this rank has none). Collective."""
+        self.send_on()
         if dk is None or dv is None:
             size = (self.batch, self.kv_heads, stage.width * self.block, self.dim)
             dk = dv = torch.zeros(size, dtype=self.dtype, device=self.device)
         both = torch.unflatten(torch.stack((dk, dv)), 3, (stage.width, self.block))
         if self._together(stage):
-            out = both.permute(3, 2, 0, 1, 4, 5).contiguous()
+            # Units lie as they came.
+            units = both.permute(3, 2, 0, 1, 4, 5).contiguous()
+            first = units[: stage.slots.numel()]
         else:
-            out = both.permute(2, 3, 0, 1, 4, 5).flatten(0, 1).index_select(0, stage.slots)
-        received = self._empty(sum(stage.send_splits), tuple(out.shape[1:]), out.dtype)
-        works = [self._all_to_all(received, out, stage.send_splits, stage.recv_splits)]
-        return _Arriving(works, received, None, (out,))
+            units = both.permute(2, 3, 0, 1, 4, 5).flatten(0, 1)
+            first = units.index_select(0, stage.slots)
+        hop = stage.forward
+        if hop is None:
+            self._send_to_owners(stage, first)
+            return
+        sent = units.index_select(0, hop.slots)
+        received = self._empty(hop.send_places.numel(), sent)
+        work = self._all_to_all(received, sent, hop.send_splits, hop.recv_splits)
+        self._returning.append(_Returning(stage, work, received, sent, first))
 
-    def add_back(self, arriving: _Arriving, stage: Stage, into: Tensor) -> None:
-        """Adds what came back of a stage to ``into``, like :meth:`zeros`: in fp32, a rank after the other, so
-        that the sum is the same bits every time."""
-        with self.ranks.watched("the exchange of tiles"):
-            for work in arriving.works:
-                work.wait()
-        start = 0
-        for count in stage.send_splits:
-            part = slice(start, start + count)
-            start += count
-            if not count:
-                continue
-            tiles, places = arriving.tiles[part].to(into.dtype), stage.send_places[part]
-            if self._together(stage):
-                into.index_add_(0, places, tiles)
-            else:
-                # A rank asks for a unit once, so no place occurs twice.
-                heads = stage.send_units[part, 1]
-                into.index_put_((places, heads), into[places, heads] + tiles)
+    def send_on(self) -> None:
+        """Sends the owners what has come back within the node of the last stage, and this rank's own, as one
+        sum: added in fp32, a rank after the other. Nothing if that is done. Collective."""
+        if not self._returning or self._returning[-1].first is None:
+            return
+        back = self._returning.pop()
+        hop = back.stage.forward
+        assert hop is not None and back.first is not None
+        total = back.first.to(self._wide)
+        self._wait([back.work])
+        for part in _parts(hop.send_splits):
+            total.index_add_(0, hop.send_places[part], back.received[part].to(total.dtype))
+        self._send_to_owners(back.stage, total.to(self.dtype))
+
+    def _send_to_owners(self, stage: Stage, units: Tensor) -> None:
+        received = self._empty(stage.send_places.numel(), units)
+        work = self._all_to_all(received, units, stage.send_splits, stage.recv_splits)
+        self._returning.append(_Returning(stage, work, received, units, None))
+
+    def add_back(self, into: Tensor) -> None:
+        """Adds what came back of all stages to ``into``, like :meth:`zeros`: in fp32, a rank after the other,
+        so that the sum is the same bits every time."""
+        for back in self._returning:
+            stage = back.stage
+            self._wait([back.work])
+            for part in _parts(stage.send_splits):
+                tiles, places = back.received[part].to(into.dtype), stage.send_places[part]
+                if self._together(stage):
+                    into.index_add_(0, places, tiles)
+                else:
+                    # A rank asks for a unit once, so no place occurs twice.
+                    heads = stage.send_units[part, 1]
+                    into.index_put_((places, heads), into[places, heads] + tiles)
 
     def add_own(self, into: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Adds the gradients of this rank's own keys and values ``[B, Hkv, n, D]``."""
@@ -162,19 +226,24 @@ class Exchange:
 
     def zeros(self) -> Tensor:
         """``[tiles, Hkv, 2, B, block, D]`` in fp32 (float64 for float64 inputs)."""
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         size = (self.count, self.kv_heads, 2, self.batch, self.block, self.dim)
-        return torch.zeros(size, dtype=wide, device=self.device)
+        return torch.zeros(size, dtype=self._wide, device=self.device)
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def _together(self, stage: Stage) -> bool:
         return self.kv_heads == 1 or stage.tiles.shape[0] == 1
 
-    def _move(self, out: Tensor, unit: tuple[int, ...], stage: Stage) -> tuple[Tensor, list[dist.Work]]:
-        received = self._empty(sum(stage.recv_splits), unit, out.dtype)
-        return received, [self._all_to_all(received, out, stage.recv_splits, stage.send_splits)]
+    def _empty(self, units: int, like: Tensor) -> Tensor:
+        """Room for as many units."""
+        return like.new_empty((units, *like.shape[1:]))
 
-    def _empty(self, count: int, unit: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty((count, *unit), dtype=dtype, device=self.device)
+    def _wait(self, works: list[dist.Work]) -> None:
+        with self.ranks.watched("the exchange of tiles"):
+            for work in works:
+                work.wait()
 
     def _all_to_all(
         self, received: Tensor, out: Tensor, recv_splits: list[int], send_splits: list[int]
@@ -185,3 +254,12 @@ class Exchange:
             )
         assert work is not None
         return work
+
+
+def _parts(splits: list[int]) -> Iterator[slice]:
+    """The units of each rank that has some."""
+    start = 0
+    for count in splits:
+        if count:
+            yield slice(start, start + count)
+        start += count

@@ -35,11 +35,17 @@ def layout_of(
 
 
 def plan_of(
-    layout: BlockLayout, where: Sharding, rank: int, query: Tensor, key: Tensor, max_remote_tokens: int | None
+    layout: BlockLayout,
+    where: Sharding,
+    rank: int,
+    query: Tensor,
+    key: Tensor,
+    max_remote_tokens: int | None,
+    ranks_per_node: int | None,
 ) -> RankPlan:
     """This rank's plan on its device; kept with the layout, so the next call finds it."""
     heads, kv_heads = query.shape[1], key.shape[1]
-    name = f"plan {where} {rank} {heads} {kv_heads} {max_remote_tokens} {query.device}"
+    name = f"plan {where} {rank} {heads} {kv_heads} {max_remote_tokens} {ranks_per_node} {query.device}"
     known = layout._memo.get(name)
     if not isinstance(known, RankPlan):
         # Made in inference mode, autograd could not keep it for the backward of a later call.
@@ -49,6 +55,7 @@ def plan_of(
                 where,
                 kv_heads=kv_heads,
                 group_size=heads // kv_heads,
+                ranks_per_node=ranks_per_node,
                 max_remote_tokens=max_remote_tokens,
             )
             known = layout._memo[name] = made.for_rank(rank).to(query.device)

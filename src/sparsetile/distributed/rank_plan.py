@@ -23,7 +23,7 @@ class Forward:
         recv_units, recv_splits, slots: as in :class:`Stage`; these units follow those that came first.
         send_units: int64 ``[m, 2]``: (tile, kv head) of each unit to pass on, by destination rank, then in
             the order in which that rank receives.
-        send_slots: int64 ``[m]``: where each lies in this rank's own buffer of the stage.
+        send_places: int64 ``[m]``: the place of each among the units that came first.
         send_splits: units to each rank.
     """
 
@@ -31,11 +31,11 @@ class Forward:
     recv_splits: list[int]
     slots: Tensor
     send_units: Tensor
-    send_slots: Tensor
+    send_places: Tensor
     send_splits: list[int]
 
     def to(self, device: torch.device | str) -> Forward:
-        names = ("recv_units", "slots", "send_units", "send_slots")
+        names = ("recv_units", "slots", "send_units", "send_places")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
@@ -166,6 +166,7 @@ def rank_plan(plan: Plan, rank: int) -> RankPlan:
         return BlockLayout._of(rows, tokens, k_len, block, block, heads=layout.heads), which
 
     own, own_edges = local(-1, tokens)
+    held = sharding.local_index().repeat(plan.groups)
     stages = []
     for number in range(plan.stages):
         here = stage == number
@@ -173,7 +174,13 @@ def rank_plan(plan: Plan, rank: int) -> RankPlan:
         buffer = torch.full((plan.groups * width,), -1)
         buffer[head[here] * width + place[here]] = tile[here]
         local_layout, local_edges = local(number, width * sharding.block)
-        first, second = (_exchange(plan, rank, number, hop, lying, width) for hop in (0, 1))
+        first = _exchange(plan, rank, number, 0, lying, width, held)
+        second = None
+        if plan.forwards[number]:
+            # What came first is this rank's to pass on, and lies in the order of arrival.
+            came, of_head = first.recv_units.unbind(1)
+            held[of_head * sharding.tiles + came] = torch.arange(came.numel())
+            second = _exchange(plan, rank, number, 1, lying, width, held)
         stages.append(
             Stage(
                 recv_units=first.recv_units,
@@ -181,9 +188,9 @@ def rank_plan(plan: Plan, rank: int) -> RankPlan:
                 slots=first.slots,
                 tiles=buffer.reshape(plan.groups, width),
                 send_units=first.send_units,
-                send_places=sharding.local_index()[first.send_units[:, 0]],
+                send_places=first.send_places,
                 send_splits=first.send_splits,
-                forward=second if plan.forwards[number] else None,
+                forward=second,
                 layout=local_layout,
                 edges=local_edges,
             )
@@ -191,23 +198,20 @@ def rank_plan(plan: Plan, rank: int) -> RankPlan:
     return RankPlan(rank, tiles, tokens, edges, own, own_edges, tuple(stages))
 
 
-def _exchange(plan: Plan, rank: int, number: int, hop: int, lying: _Lying, width: int) -> Forward:
-    """The units of one of the two exchanges of a stage. ``send_slots`` mean something in the second alone."""
+def _exchange(
+    plan: Plan, rank: int, number: int, hop: int, lying: _Lying, width: int, held: Tensor
+) -> Forward:
+    """The units of one of the two exchanges of a stage; ``held``, over (kv head, tile), says where what this
+    rank sends lies."""
     got, sent = plan.units_between(rank, number, hop)
     ranks, tiles = plan.sharding.ranks, plan.sharding.tiles
-    recv_units = torch.stack((plan.tile[got], plan.head[got]), 1)
-    send_units = torch.stack((plan.tile[sent], plan.head[sent]), 1)
-
-    def slots(units: Tensor) -> Tensor:
-        tile, head = units.unbind(1)
-        return head * width + lying.column[head * tiles + tile]
-
+    tile, head = plan.tile[got], plan.head[got]
     return Forward(
-        recv_units=recv_units,
+        recv_units=torch.stack((tile, head), 1),
         recv_splits=torch.bincount(plan.sender[got], minlength=ranks).tolist(),
-        slots=slots(recv_units),
-        send_units=send_units,
-        send_slots=slots(send_units),
+        slots=head * width + lying.column[head * tiles + tile],
+        send_units=torch.stack((plan.tile[sent], plan.head[sent]), 1),
+        send_places=held[plan.head[sent] * tiles + plan.tile[sent]],
         send_splits=torch.bincount(plan.destination[sent], minlength=ranks).tolist(),
     )
 

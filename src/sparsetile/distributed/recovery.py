@@ -300,7 +300,7 @@ class Supervisor:
             if len(calls) < len(seen) or len({tuple(call[1:]) for call in calls}) > 1:
                 continue  # not every rank came so far: this module is not what was too large
             most = _remote_tokens(module, sum(call[0] for call in calls), self._size, calls[0])
-            bound, block = module.config.max_remote_tokens, module.plan.block_size
+            bound, block = module.config.max_remote_tokens, module.plan_over(self._size).block_size
             now = most if bound is None else min(bound, most)
             if now > block:
                 half = max(block, now // 2 // block * block)
@@ -321,8 +321,9 @@ def _remote_tokens(
 ) -> int:
     """The most tokens (of each kv head) that a call brings a rank if nothing bounds them."""
     _, heads, kv_heads, is_causal = call
-    block = module.plan.block_size
-    layout = cached_layout(module.plan.pattern_for(bool(is_causal)), length, None, block, "cpu", heads)
+    planned = module.plan_over(ranks)  # there is no group now
+    block = planned.block_size
+    layout = cached_layout(planned.pattern_for(bool(is_causal)), length, None, block, "cpu", heads)
     where = sharding_by(module.order, length, ranks, block)
     plan = make_plan(layout, where, kv_heads=kv_heads, group_size=heads // kv_heads)
     if not plan.units:
