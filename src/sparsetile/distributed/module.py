@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from sparsetile.distributed.call import Order, check_order, sharding_by
@@ -88,7 +89,7 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention
         check_order(order)
         self.config, self.order = config, order
         self.seen: Seen | None = None
-        """The last call over several ranks, whether it came to an end or not."""
+        """The last call over several ranks outside of compiled graphs, whether it came to an end or not."""
 
     @property
     def spread(self) -> bool:
@@ -119,9 +120,10 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention
         form: dict[str, Any],
         average: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        # What is no such call is refused further on, on every rank alike.
-        one = all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k)) and isinstance(is_causal, bool)
-        self.seen = Seen(q.shape[1], q.shape[2], k.shape[2], is_causal) if one else None
+        if not torch.compiler.is_compiling():  # graphs of checkpoints may write to no object
+            # What is no such call is refused further on, on every rank alike.
+            one = all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k)) and isinstance(is_causal, bool)
+            self.seen = Seen(q.shape[1], q.shape[2], k.shape[2], is_causal) if one else None
         return super()._over_ranks(q, k, v, is_causal, key_padding_mask, form, average)
 
     def extra_repr(self) -> str:
