@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -319,6 +320,35 @@ def test_the_same_shapes_compile_once_and_lengths_twice() -> None:
     assert run_ranks(counted, 2) == [[1, 1, 1, 2, 2, 2]] * 2
 
 
+def formed_again(rank: int, world: int, folder: str) -> None:
+    """After a rank was lost the default group is another, and smaller."""
+    torch.manual_seed(7)
+    whole = torch.randn(1, 2, 6 * BLOCK, 8)
+
+    def run(x: Tensor) -> Tensor:
+        return distributed_attention(x, x, x, LOCAL, block_size=BLOCK)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    expected = st.sparse_attention(whole, whole, whole, LOCAL, block_size=BLOCK)
+    for size in (3, 2, 1):
+        if size < 3:
+            torch.distributed.destroy_process_group()
+            if rank >= size:
+                break
+            store = torch.distributed.FileStore(f"{folder}/{size}", size)
+            torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        where = Sharding.contiguous(6 * BLOCK, size, BLOCK)
+        x = shard_sequence(whole, 2, where)
+        torch.testing.assert_close(unshard_sequence(compiled(x), 2, where), expected)
+    if not torch.distributed.is_initialized():  # for those who end it
+        store = torch.distributed.FileStore(f"{folder}/{rank} alone", 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
+def test_a_graph_follows_the_default_group(tmp_path: Path) -> None:
+    run_ranks(formed_again, 3, str(tmp_path))
+
+
 def under_autocast(rank: int, world: int) -> None:
     torch.manual_seed(rank)
     x = torch.randn(1, 2, 3 * BLOCK, 8, requires_grad=True)
@@ -386,6 +416,8 @@ def disagreeing(rank: int, world: int, what: str) -> str:
             settings["scale"] = float("inf")
         elif what == "spelling":
             settings["block_size"] = str(BLOCK)
+        elif what == "dropout":
+            settings["dropout_p"] = torch.ones(())
         elif what == "flag":
             settings["is_causal"] = torch.ones(2)
         elif what == "kept":
@@ -413,6 +445,7 @@ def disagreeing(rank: int, world: int, what: str) -> str:
         "scale",
         "infinite",
         "spelling",
+        "dropout",
         "flag",
         "kept",
     ],

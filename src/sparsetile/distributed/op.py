@@ -108,6 +108,10 @@ def traced(
             asked.append(_FLOAT)
         else:  # refused when the graph runs
             asked.append(type(setting).__name__)
+    draw = None
+    if isinstance(settings.dropout_p, (int, float)) and settings.dropout_p > 0.0:
+        # By the graph, so that whoever has it computed again knows to draw the same.
+        draw = draw_seed(torch.device("cpu"))
     out, lse, _ = torch.ops.sparsetile.distributed_attention(
         query,
         key,
@@ -121,8 +125,7 @@ def traced(
         _text(*asked),
         [*integers, 0],  # see geometry
         [*floats, 0.0],
-        # By the graph, so that whoever has it computed again knows to draw the same.
-        None if settings.dropout_p == 0.0 else draw_seed(torch.device("cpu")),
+        draw,
         gradients,
     )
     return out, lse
