@@ -349,6 +349,26 @@ def test_a_graph_follows_the_default_group(tmp_path: Path) -> None:
     run_ranks(formed_again, 3, str(tmp_path))
 
 
+def formed_late(rank: int, world: int, folder: str) -> None:
+    """The same shapes before there is a group and in one."""
+    torch.distributed.destroy_process_group()
+    torch.manual_seed(8)
+    whole = torch.randn(1, 4 * BLOCK, 2, 8)
+    module = st.BlockSparseRingDistributedDilatedAttention(sparse_config=CONFIG)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    where = Sharding.contiguous(4 * BLOCK, world, BLOCK)
+    x = whole[:, where.positions_of(rank)]
+    torch.testing.assert_close(compiled(x, x, x), module(x, x, x))
+    store = torch.distributed.FileStore(f"{folder}/late", world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    expected = st.BlockSparseRingDilatedAttention(sparse_config=CONFIG)(whole, whole, whole)
+    torch.testing.assert_close(unshard_sequence(compiled(x, x, x), 1, where), expected)
+
+
+def test_a_graph_made_before_the_group_is_made_again(tmp_path: Path) -> None:
+    run_ranks(formed_late, 2, str(tmp_path))
+
+
 def under_autocast(rank: int, world: int) -> None:
     torch.manual_seed(rank)
     x = torch.randn(1, 2, 3 * BLOCK, 8, requires_grad=True)
