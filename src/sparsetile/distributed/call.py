@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sparsetile import op
@@ -95,9 +94,9 @@ def checked(
         raise BackendError(
             explain(
                 "distributed attention",
-                expected="plain tensors, outside of compiled graphs, modes and transforms",
+                expected="plain tensors, outside of modes and transforms",
                 got="others",
-                fix="Leave the call out of torch.compile, torch.func and torch.set_default_device.",
+                fix="Leave the call out of torch.func, torch.export and torch.set_default_device.",
             )
         )
     # What serves a call of one tile serves any: a rank that finds no backend says so before others wait.
@@ -154,8 +153,12 @@ def described(
     mask: Tensor | None,
     tile_bias: Tensor | None,
     settings: Settings,
+    gradients: bool,
 ) -> dict[str, object]:
     """All that must be the same on every rank, by name.
+
+    Args:
+        gradients: whether a backward will come.
 
     Raises:
         PatternError, ArgumentError: what is asked for is no pattern or layout.
@@ -186,9 +189,6 @@ def described(
             )
         checked_tile_bias(tile_bias, query, pattern)
     batch, heads, _, dim = query.shape
-    gradients = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (query, key, value, tile_bias)
-    )
     return {
         "version": _VERSION,
         "pattern": shown,

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from sparsetile.distributed.call import Order, check_order, sharding_by
@@ -127,7 +128,7 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention
         with suppress(PatternError):  # which a call raises, on all ranks alike
             self.plan_over(Ranks.of(group).size)
         self.seen: Seen | None = None
-        """The last call over several ranks, whether it came to an end or not."""
+        """The last call over several ranks outside of compiled graphs, whether it came to an end or not."""
 
     @property
     def plan(self) -> SparsePlan:
@@ -188,9 +189,10 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention
         form: dict[str, Any],
         average: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        # What is no such call is refused further on, on every rank alike.
-        one = all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k)) and isinstance(is_causal, bool)
-        self.seen = Seen(q.shape[1], q.shape[2], k.shape[2], is_causal) if one else None
+        if not torch.compiler.is_compiling():  # graphs of checkpoints may write to no object
+            # What is no such call is refused further on, on every rank alike.
+            one = all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k)) and isinstance(is_causal, bool)
+            self.seen = Seen(q.shape[1], q.shape[2], k.shape[2], is_causal) if one else None
         ranks = Ranks.of(self.ring)
         try:
             self.plan_over(ranks.size)

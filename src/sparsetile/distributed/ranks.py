@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from sparsetile.errors import ArgumentError, MismatchError, RankLostError, SparsetileError, explain
@@ -52,8 +53,10 @@ class Ranks:
                     )
                 )
             group = group.get_group()
-        if group is None and dist.is_available() and dist.is_initialized():
-            group = dist.group.WORLD
+        if group is None and dist.is_available():
+            # Read where it is kept: is_initialized is a constant of compiled graphs, which would then not
+            # notice that there is another group.
+            group = distributed_c10d._world.default_pg
         if group is None:
             return cls(None)
         if not isinstance(group, dist.ProcessGroup):

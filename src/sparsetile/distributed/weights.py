@@ -45,6 +45,12 @@ def attention_and_weights(
     Raises:
         ArgumentError: dense weights of some rank would be too large; otherwise as distributed_attention.
     """
+    if torch.compiler.is_compiling():
+        from sparsetile.distributed.op import traced
+
+        out, _ = traced(query, key, value, pattern, ranks, settings, key_padding_mask, None)
+        # Weights are refused when the graph runs, on every rank: until then this stands for them.
+        return out, out.new_empty(0) if settings.need_weights else None
     done = over_ranks(query, key, value, pattern, ranks, settings, key_padding_mask, None)
     if not settings.need_weights:
         return done.out, None
