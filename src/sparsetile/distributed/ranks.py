@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from sparsetile.errors import ArgumentError, MismatchError, RankLostError, SparsetileError, explain
@@ -56,7 +55,7 @@ class Ranks:
         if group is None and dist.is_available():
             # Read where it is kept: is_initialized is a constant of compiled graphs, which would then not
             # notice that there is another group.
-            group = distributed_c10d._world.default_pg
+            group = dist.distributed_c10d._world.default_pg
         if group is None:
             return cls(None)
         if not isinstance(group, dist.ProcessGroup):
