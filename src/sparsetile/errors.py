@@ -31,10 +31,6 @@ class DataError(SparsetileError, ValueError):
     """Training data cannot be read or does not suffice."""
 
 
-class NotBuiltError(SparsetileError, NotImplementedError):
-    """A part that the interface names and this version does not have yet."""
-
-
 class CheckpointError(SparsetileError, RuntimeError):
     """A checkpoint cannot be read, or belongs to another model."""
 
