@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import sparsetile as st
 from processes import run_ranks
-from sparsetile.distributed import attention, shard_sequence
+from sparsetile.distributed import parts, shard_sequence
 from sparsetile.distributed.exchange import Exchange
 from sparsetile.distributed.ranks import Ranks
 from sparsetile.distributed.recovery import Supervisor
@@ -128,7 +128,7 @@ class Strikes:
     def install(self) -> None:
         """In this process, which is a test's own."""
         for owner, name, phase in (
-            (attention, "plan_of", "plan"),
+            (parts, "plan_of", "plan"),
             (Exchange, "finish", "forward"),
             (Exchange, "send_back", "backward"),
         ):
