@@ -70,3 +70,11 @@ def run_ranks(
                 if process.is_alive():
                     process.kill()
     return [found.get(rank) for rank in range(world)]
+
+
+NO_THREAD_LEFT = """
+import os
+from pathlib import Path
+assert "pt_gloo_runloop\\n" not in [(each / "comm").read_text() for each in Path("/proc/self/task").iterdir()]
+"""
+"""For the end of a script: gloo's threads are gone. One that lives on can abort a Python that shuts down."""

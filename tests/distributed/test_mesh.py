@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import sparsetile as st
-from processes import run_ranks
+from processes import NO_THREAD_LEFT, run_ranks
 from sparsetile.distributed import Sharding, shard_sequence
 from sparsetile.errors import BackendError
 
@@ -301,7 +301,7 @@ def test_the_example_of_the_docs_runs_over_ranks(tmp_path: Path) -> None:
     page = Path(__file__).parents[2] / "docs" / "distributed.md"
     section = page.read_text().split("\n## With data parallelism\n")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    (tmp_path / "example.py").write_text(code)
+    (tmp_path / "example.py").write_text(code + NO_THREAD_LEFT)
     printed = []
     for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]):
         done = subprocess.run(

@@ -8,11 +8,12 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from processes import run_ranks
+from processes import NO_THREAD_LEFT, run_ranks
 from sparsetile.cli import main
 
 SIZES = {"context": 704, "layers": 1, "width": 32, "heads": 2, "kv-heads": 1, "block": 16, "batch": 2}
@@ -27,7 +28,9 @@ def book(tmp_path: Path) -> str:
     return str(path)
 
 
-def torchrun(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    processes: int, arguments: list[str], script: Sequence[str] = ("-m", "sparsetile")
+) -> subprocess.CompletedProcess[str]:
     launch = [
         sys.executable,
         "-m",
@@ -39,7 +42,7 @@ def torchrun(processes: int, arguments: list[str]) -> subprocess.CompletedProces
     paths = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     # A session of its own, so that a deadline ends the ranks with their launcher.
     process = subprocess.Popen(
-        [*launch, "-m", "sparsetile", "train", *arguments],
+        [*launch, *script, "train", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -57,7 +60,12 @@ def torchrun(processes: int, arguments: list[str]) -> subprocess.CompletedProces
 def test_torchrun_trains_what_one_process_trains(book: str, tmp_path: Path) -> None:
     arguments = ["--data", book, "--attention", PATTERN, "--steps", "6", *TINY]
     checkpoint = ["--checkpoint", str(tmp_path / "run.pt")]
-    done = torchrun(2, ["--context-parallel", "2", *arguments, *checkpoint, "--out", str(tmp_path / "two")])
+    two_ranks = ["--context-parallel", "2", *arguments, *checkpoint, "--out", str(tmp_path / "two")]
+    script = tmp_path / "train.py"
+    script.write_text(
+        f"import sys\nfrom sparsetile.cli import main\ncode = main(){NO_THREAD_LEFT}sys.exit(code)\n"
+    )
+    done = torchrun(2, two_ranks, [str(script)])
     assert done.returncode == 0, done.stderr
     # One rank speaks.
     assert done.stdout.count("held-out bits per byte") == 1 == done.stdout.count("Ranks: 1 × 2")

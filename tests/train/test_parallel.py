@@ -24,7 +24,7 @@ from sparsetile.train.checkpoint import load_checkpoint
 from sparsetile.train.data import Corpus, Planting
 from sparsetile.train.loop import Settings, Trainer
 from sparsetile.train.model import ModelConfig, token_shift
-from sparsetile.train.parallel import Parallel, Tokens, joined
+from sparsetile.train.parallel import Parallel, Tokens, grid, joined
 
 SEED = random.SystemRandom().randrange(1 << 32)
 CPU = torch.device("cpu")
@@ -82,15 +82,15 @@ def assert_close(got: Any, want: Any) -> None:
 def over_ranks(
     rank: int, world: int, cp: int, arm: Arm, settings: Settings
 ) -> tuple[list[float], dict[str, Any], list[torch.Tensor], bool]:
-    with joined(cp, "cpu") as parallel:
-        trainer = Trainer(arm, settings, CORPUS, parallel)
-        trainer.resume()
-        result = trainer.run(silent)
-        weights = [p.detach().clone() for p in trainer.model.parameters()]
-        dealt = trainer.tokens is not None and trainer.tokens.where.order is not None
-        assert result["tokens_per_second"] > 0 and result["peak_memory"] > 0
-        assert parallel.first == (rank == 0)
-        return bits_of(trainer), result["held_out"], weights, dealt
+    parallel = grid(cp)
+    trainer = Trainer(arm, settings, CORPUS, parallel)
+    trainer.resume()
+    result = trainer.run(silent)
+    weights = [p.detach().clone() for p in trainer.model.parameters()]
+    dealt = trainer.tokens is not None and trainer.tokens.where.order is not None
+    assert result["tokens_per_second"] > 0 and result["peak_memory"] > 0
+    assert parallel.first == (rank == 0)
+    return bits_of(trainer), result["held_out"], weights, dealt
 
 
 @pytest.mark.parametrize(
@@ -162,26 +162,26 @@ def test_checkpoints_go_on_with_another_number_of_ranks(tmp_path: Path, first: i
 
 
 def part_of_a_run(rank: int, world: int, settings: Settings, stop: int | None) -> list[float]:
-    with joined(world, "cpu") as parallel:
-        trainer = Trainer(STRIDED, settings, CORPUS, parallel)
-        trainer.resume()
-        trainer.run(silent, stop)
-        return bits_of(trainer)
+    parallel = grid(world)
+    trainer = Trainer(STRIDED, settings, CORPUS, parallel)
+    trainer.resume()
+    trainer.run(silent, stop)
+    return bits_of(trainer)
 
 
 def resumed_bit_by_bit(rank: int, world: int, path: str) -> None:
     settings = replace(SETTINGS, steps=8, checkpoint=path)
-    with joined(2, "cpu") as parallel:
-        whole = Trainer(STRIDED, settings, CORPUS, parallel)
-        whole.run(silent)
-        Trainer(STRIDED, settings, CORPUS, parallel).run(silent, 4)
-        # The file is read by the first rank alone: it may be on that rank's disk.
-        again = replace(settings, resume=True, checkpoint=path if rank == 0 else "/nowhere/run.pt")
-        parts = Trainer(STRIDED, again, CORPUS, parallel)
-        parts.resume()
-        assert parts.step == 4
-        parts.run(silent)
-        assert bits_of(parts) == bits_of(whole), SEED
+    parallel = grid(2)
+    whole = Trainer(STRIDED, settings, CORPUS, parallel)
+    whole.run(silent)
+    Trainer(STRIDED, settings, CORPUS, parallel).run(silent, 4)
+    # The file is read by the first rank alone: it may be on that rank's disk.
+    again = replace(settings, resume=True, checkpoint=path if rank == 0 else "/nowhere/run.pt")
+    parts = Trainer(STRIDED, again, CORPUS, parallel)
+    parts.resume()
+    assert parts.step == 4
+    parts.run(silent)
+    assert bits_of(parts) == bits_of(whole), SEED
 
 
 def test_a_resumed_run_over_ranks_is_the_run(tmp_path: Path) -> None:
@@ -189,14 +189,14 @@ def test_a_resumed_run_over_ranks_is_the_run(tmp_path: Path) -> None:
 
 
 def by_the_clock(rank: int, world: int) -> list[list[float]]:
-    with joined(1, "cpu") as parallel:
-        trainer = Trainer(STRIDED, replace(SETTINGS, steps=None, seconds=0.5), CORPUS, parallel)
-        if rank == 1:
-            # Its own clock is behind; all go by the slowest.
-            train_step = trainer.train_step
-            trainer.train_step = lambda: (time.sleep(0.05), train_step())[1]  # type: ignore[method-assign]
-        trainer.run(silent)
-        return trainer.losses
+    parallel = grid(1)
+    trainer = Trainer(STRIDED, replace(SETTINGS, steps=None, seconds=0.5), CORPUS, parallel)
+    if rank == 1:
+        # Its own clock is behind; all go by the slowest.
+        train_step = trainer.train_step
+        trainer.train_step = lambda: (time.sleep(0.05), train_step())[1]  # type: ignore[method-assign]
+    trainer.run(silent)
+    return trainer.losses
 
 
 def test_ranks_with_clocks_of_their_own_stop_together() -> None:
@@ -205,14 +205,14 @@ def test_ranks_with_clocks_of_their_own_stop_together() -> None:
 
 
 def lost(rank: int, world: int) -> str:
-    with joined(2, "cpu") as parallel:
-        trainer = Trainer(STRIDED, SETTINGS, CORPUS, parallel)
-        trainer.train_step()
-        if rank == 1:
-            os._exit(1)
-        with pytest.raises(RankLostError) as raised:
-            trainer.run(silent)
-        return str(raised.value)
+    parallel = grid(2)
+    trainer = Trainer(STRIDED, SETTINGS, CORPUS, parallel)
+    trainer.train_step()
+    if rank == 1:
+        os._exit(1)
+    with pytest.raises(RankLostError) as raised:
+        trainer.run(silent)
+    return str(raised.value)
 
 
 def test_a_rank_that_dies_ends_the_others() -> None:
@@ -222,10 +222,10 @@ def test_a_rank_that_dies_ends_the_others() -> None:
 
 
 def unwritable(rank: int, world: int, path: str) -> None:
-    with joined(2, "cpu") as parallel:
-        trainer = Trainer(STRIDED, replace(SETTINGS, steps=1, checkpoint=path), CORPUS, parallel)
-        with pytest.raises(CheckpointError if rank == 0 else RankLostError):
-            trainer.run(silent)
+    parallel = grid(2)
+    trainer = Trainer(STRIDED, replace(SETTINGS, steps=1, checkpoint=path), CORPUS, parallel)
+    with pytest.raises(CheckpointError if rank == 0 else RankLostError):
+        trainer.run(silent)
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_all(tmp_path: Path) -> None:
@@ -234,13 +234,13 @@ def test_a_checkpoint_that_cannot_be_written_ends_all(tmp_path: Path) -> None:
 
 
 def not_finite(rank: int, world: int) -> None:
-    with joined(2, "cpu") as parallel:
-        trainer = Trainer(STRIDED, SETTINGS, CORPUS, parallel)
-        if rank == 1:
-            with torch.no_grad():
-                trainer.model.embed.weight.fill_(float("nan"))
-        with pytest.raises(FloatingPointError, match="step 1"):
-            trainer.run(silent)
+    parallel = grid(2)
+    trainer = Trainer(STRIDED, SETTINGS, CORPUS, parallel)
+    if rank == 1:
+        with torch.no_grad():
+            trainer.model.embed.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="step 1"):
+        trainer.run(silent)
 
 
 def test_a_loss_that_is_no_number_on_one_rank_ends_all() -> None:
@@ -248,22 +248,22 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_all() -> None:
 
 
 def told(rank: int, world: int, path: str) -> tuple[str, str, str]:
-    with joined(2, "cpu") as parallel:
-        with pytest.raises(CheckpointError) as missing:
-            parallel.of_first(lambda: load_checkpoint(Path(path)))
+    parallel = grid(2)
+    with pytest.raises(CheckpointError) as missing:
+        parallel.of_first(lambda: load_checkpoint(Path(path)))
 
-        def make() -> int:
-            if rank == 1:
-                raise PermissionError("not here")
-            return 3
+    def make() -> int:
+        if rank == 1:
+            raise PermissionError("not here")
+        return 3
 
-        with pytest.raises(MismatchError, match="rank 1: PermissionError") as one:
-            parallel.agreed(make, lambda made: {"made": made})
-        with pytest.raises(MismatchError, match="made: 0 on rank 0, 1 on rank 1") as other:
-            parallel.agreed(lambda: rank, lambda made: {"made": made})
-        assert parallel.agreed(lambda: 5, lambda made: {"made": made}) == 5
-        assert parallel.of_first(lambda: rank) == 0 and parallel.most(rank) == 1
-        return str(missing.value), str(one.value), str(other.value)
+    with pytest.raises(MismatchError, match="rank 1: PermissionError") as one:
+        parallel.agreed(make, lambda made: {"made": made})
+    with pytest.raises(MismatchError, match="made: 0 on rank 0, 1 on rank 1") as other:
+        parallel.agreed(lambda: rank, lambda made: {"made": made})
+    assert parallel.agreed(lambda: 5, lambda made: {"made": made}) == 5
+    assert parallel.of_first(lambda: rank) == 0 and parallel.most(rank) == 1
+    return str(missing.value), str(one.value), str(other.value)
 
 
 def test_what_one_rank_knows_all_are_told() -> None:
@@ -293,8 +293,8 @@ def test_what_cannot_be_spread_says_what_can(
 
 
 def three(rank: int, world: int) -> int:
-    with pytest.raises(SystemExit) as stop, joined(2, "cpu"):
-        pass
+    with pytest.raises(SystemExit) as stop:
+        joined(2, "cpu", lambda _: None)
     assert isinstance(stop.value.code, int)
     return stop.value.code
 
@@ -304,10 +304,10 @@ def test_a_number_of_processes_that_does_not_fit(capfd: pytest.CaptureFixture[st
     said = capfd.readouterr().err
     assert said.count("--context-parallel 2: expected a number of processes that 2 divides, got 3") == 1
     with pytest.raises(ArgumentError, match=r"got 1\. Start torchrun --nproc-per-node 2 -m sparsetile train"):
-        joined(2, "cpu").__enter__()
+        joined(2, "cpu", lambda _: None)
 
 
 def test_one_process_is_a_grid_of_one() -> None:
-    with joined(1, "cpu") as parallel:
-        assert parallel.first and parallel.rows(4) == range(4)
-        assert parallel.most(2.5) == 2.5 and parallel.of_first(lambda: 7) == 7
+    parallel = joined(1, "cpu", lambda parallel: parallel)
+    assert parallel.first and parallel.rows(4) == range(4)
+    assert parallel.most(2.5) == 2.5 and parallel.of_first(lambda: 7) == 7

@@ -158,8 +158,11 @@ def main(args: argparse.Namespace) -> int:
     Raises:
         SparsetileError: what is wrong with the arguments, the data or a checkpoint, in one line.
     """
-    with joined(args.context_parallel, _device(args.device)) as parallel:
+
+    def work(parallel: Parallel) -> int:
         return _alone(args) if parallel.world.size == 1 else _over_ranks(args, parallel)
+
+    return joined(args.context_parallel, _device(args.device), work)
 
 
 def _alone(args: argparse.Namespace) -> int:

@@ -179,9 +179,9 @@ class Parallel:
             raise SystemExit(2 if isinstance(error, ValueError) else 1) from error
 
 
-@contextmanager
-def joined(context_parallel: int, device: str) -> Iterator[Parallel]:
-    """The grid of all processes that torchrun started, ``context_parallel`` to a row; left at the end.
+def joined(context_parallel: int, device: str, work: Callable[[Parallel], T]) -> T:
+    """What ``work`` returns, given the grid of all processes that torchrun started, ``context_parallel`` to a
+    row; they part afterwards.
 
     A process group that is there already is used, and stays. ``device`` is "cpu" or "cuda".
 
@@ -193,28 +193,34 @@ def joined(context_parallel: int, device: str) -> Iterator[Parallel]:
     if ours and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         if context_parallel > 1:
             _refuse_processes(context_parallel, 1)
-        yield Parallel()
-        return
+        return work(Parallel())
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if ours:
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_TIMEOUT)
+    result = work(grid(context_parallel))
+    # Not where a rank fails: with NCCL this waits for the others, who may not come. And not while anything
+    # holds a group: gloo's threads then live on, and abort a Python that shuts down under them.
+    if ours:
+        dist.destroy_process_group()
+    return result
+
+
+def grid(context_parallel: int) -> Parallel:
+    """All ranks of the default group, ``context_parallel`` to a row; raises as ``joined`` does."""
     world = Ranks.of(None)
     with Parallel(world).said_once():
         if world.size % context_parallel:
             _refuse_processes(context_parallel, world.size)
-    grid = torch.arange(world.size, device="cpu").view(-1, context_parallel)
-    yield Parallel(world, Ranks.of(_groups(grid.T)), Ranks.of(_groups(grid)))
-    # Not where a rank fails: with NCCL this waits for the others, who may not come.
-    if ours:
-        dist.destroy_process_group()
+    rows = torch.arange(world.size, device="cpu").view(-1, context_parallel)
+    return Parallel(world, Ranks.of(_groups(rows.T)), Ranks.of(_groups(rows)))
 
 
-def _groups(grid: Tensor) -> dist.ProcessGroup:
+def _groups(rows: Tensor) -> dist.ProcessGroup:
     """The one of these rows that this rank is in."""
     # Not a DeviceMesh: its groups have their backend's timeout, half an hour with gloo, whatever we ask for.
     group: dist.ProcessGroup
-    group, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=_TIMEOUT)  # type: ignore[no-untyped-call]
+    group, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=_TIMEOUT)  # type: ignore[no-untyped-call]
     return group
 
 
