@@ -37,8 +37,7 @@ SPAN = 16
 """Tiles of a run."""
 
 LEAST_RUNS = 32
-FULL_UP_TO = SPAN * LEAST_RUNS
-"""Tiles of a row that is searched in full in any case: 64K tokens in tiles of 128."""
+"""Runs of a row that are searched in full in any case: 64K tokens in tiles of 128."""
 
 AUTO_ABOVE = 8192
 """Key tiles of a call above which ``search="auto"`` takes two levels: 1M tokens in tiles of 128. There the

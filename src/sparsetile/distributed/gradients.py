@@ -32,7 +32,8 @@ from torch.futures import Future
 
 from sparsetile.distributed.buckets import Bucket, cut, ring_bytes
 from sparsetile.distributed.ranks import Ranks
-from sparsetile.distributed.selection import BROKEN, LIVE, code_of, release
+from sparsetile.distributed.selection import BROKEN, LIVE, code_of, release, release_others
+from sparsetile.distributed.travel import others_of, summed, to_everyone, to_owners
 from sparsetile.errors import ArgumentError, CheckpointError, explain
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -265,14 +266,8 @@ class GradientExchange:
                 continue
             view.add_(flat)
         idle = self._spread(codes != LIVE, sizes, bucket)
-        parts = [slice(self._rank), slice(self._rank + 1, None)]
-        picked = [
-            release(residual[part], bucket.kept, 1, None if idle is None else idle[part])
-            for part in parts
-            if residual[part].numel()
-        ]
-        values, places = (torch.cat(tensors) for tensors in zip(*picked, strict=True))
-        travelling = self._to_owners(bucket.to_owner.pack(values, places, codes))
+        values, places = release_others(residual, self._rank, bucket.kept, idle)
+        travelling = to_owners(bucket.to_owner.pack(values, places, codes), self._group)
         yield
         messages = travelling.wait_for()
         numbers, places, others = bucket.to_owner.unpack(messages)
@@ -284,7 +279,7 @@ class GradientExchange:
         idle = self._spread(broken | (everyone != LIVE).all(0), sizes, bucket)
         own_idle = None if idle is None else idle[self._rank :][:1]
         means, places = release(own[None], bucket.kept, self._ranks, own_idle)
-        travelling = self._to_everyone(bucket.from_owner.pack(means, places)[0])
+        travelling = to_everyone(bucket.from_owner.pack(means, places)[0], self._group)
         yield
         numbers, places, _ = bucket.from_owner.unpack(travelling.wait_for())
         average = torch.zeros_like(residual).scatter_(1, places, numbers)
@@ -298,12 +293,10 @@ class GradientExchange:
         shards = gradients[0].new_zeros((bucket.ranks, bucket.length), dtype=torch.bfloat16)
         for view, gradient in zip(_views(shards, bucket), gradients, strict=True):
             view.copy_(gradient.reshape(-1))
-        own = self._rank
-        travelling = self._to_owners(torch.cat([shards[:own], shards[own + 1 :]]))
+        travelling = to_owners(others_of(shards, self._rank), self._group)
         yield
-        others = travelling.wait_for()
-        total = torch.cat([others[:own], shards[own : own + 1], others[own:]]).float().sum(0)
-        travelling = self._to_everyone((total / self._ranks).bfloat16())
+        total = summed(travelling.wait_for(), shards[self._rank], self._rank)
+        travelling = to_everyone((total / self._ranks).bfloat16(), self._group)
         yield
         for view, gradient in zip(_views(travelling.wait_for(), bucket), gradients, strict=True):
             gradient.copy_(view.view(gradient.shape))
@@ -315,34 +308,6 @@ class GradientExchange:
         entries = chosen.repeat_interleave(sizes, output_size=bucket.entries)
         padding = bucket.ranks * bucket.length - bucket.entries
         return torch.nn.functional.pad(entries, (0, padding)).view(bucket.ranks, bucket.length)
-
-    def _to_owners(self, messages: Tensor) -> _Travelling:
-        """messages [ranks − 1, …], one for each other rank, ascending; comes back as those from the
-        others.
-        """
-        arriving = torch.empty_like(messages)
-        counts = [int(rank != self._rank) for rank in range(self._ranks)]
-        work = dist.all_to_all_single(arriving, messages, counts, counts, group=self._group, async_op=True)
-        return _Travelling(arriving, messages, work)
-
-    def _to_everyone(self, message: Tensor) -> _Travelling:
-        """message [n]; comes back as [ranks, n]."""
-        arriving = message.new_empty((self._ranks, *message.shape))
-        work = dist.all_gather(list(arriving.unbind(0)), message, group=self._group, async_op=True)
-        return _Travelling(arriving, message, work)
-
-
-@dataclass
-class _Travelling:
-    """Messages under way: where they arrive, and what must not be freed until then."""
-
-    arriving: Tensor
-    leaving: Tensor
-    work: Any
-
-    def wait_for(self) -> Tensor:
-        self.work.wait()
-        return self.arriving
 
 
 def _views(shards: Tensor, bucket: Bucket) -> tuple[Tensor, ...]:

@@ -23,7 +23,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from sparsetile.distributed.ranks import Ranks
-from sparsetile.distributed.selection import BROKEN, code_of, release
+from sparsetile.distributed.selection import BROKEN, code_of, release_others
+from sparsetile.distributed.travel import others_of, summed, to_owners
 from sparsetile.distributed.wire import Message
 from sparsetile.errors import ArgumentError, CheckpointError, explain
 
@@ -92,9 +93,9 @@ class SparseReduceScatter(ReduceScatter):
             self._agreed = True
         shards = input_tensor.view(ranks, -1).float()
         if self.ratio < 1 and self.step >= self.warmup_steps:
-            total = self._send_largest(shards, group, ranks, rank)
+            total = self._send_largest(shards, group, rank)
         else:
-            total = self._send_whole(shards, group, ranks, rank)
+            total = self._send_whole(shards, group, rank)
         self.step += 1
         self.ring_bytes = 2.0 * shards.shape[1] * (ranks - 1)
         output_tensor.copy_(total / ranks if op == dist.ReduceOp.AVG else total)
@@ -104,7 +105,7 @@ class SparseReduceScatter(ReduceScatter):
         if self.residual is not None:
             self.residual.mul_(factor)
 
-    def _send_largest(self, shards: Tensor, group: dist.ProcessGroup, ranks: int, rank: int) -> Tensor:
+    def _send_largest(self, shards: Tensor, group: dist.ProcessGroup, rank: int) -> Tensor:
         length = shards.shape[1]
         message = Message(length, self._kept(length), tensors=1)
         if self.residual is None:
@@ -125,30 +126,20 @@ class SparseReduceScatter(ReduceScatter):
         own = kept_back[rank].clone()
         residual += kept_back
         residual[rank] = 0.0
-        parts = [part for part in (residual[:rank], residual[rank + 1 :]) if part.numel()]
-        picked = [release(part, message.kept, 1, None) for part in parts]
-        values, places = (torch.cat(tensors) for tensors in zip(*picked, strict=True))
+        values, places = release_others(residual, rank, message.kept)
         messages = message.pack(values, places, code)
-        numbers, places, others = message.unpack(self._to_owners(messages, group, ranks, rank))
+        numbers, places, others = message.unpack(self._exchanged(messages, group))
         for row, at in zip(numbers, places, strict=True):
             own.index_add_(0, at, row)
         return own.masked_fill((torch.cat([others.flatten(), code]) == BROKEN).any(), math.nan)
 
-    def _send_whole(self, shards: Tensor, group: dist.ProcessGroup, ranks: int, rank: int) -> Tensor:
-        leaving = torch.cat([shards[:rank], shards[rank + 1 :]]).bfloat16()
-        arrived = self._to_owners(leaving, group, ranks, rank).float()
-        # What this rank sends itself is rounded, too: whoever owns a shard, the sum is the same.
-        own = shards[rank : rank + 1].bfloat16().float()
-        return torch.cat([arrived[:rank], own, arrived[rank:]]).sum(0)
+    def _send_whole(self, shards: Tensor, group: dist.ProcessGroup, rank: int) -> Tensor:
+        rounded = shards.bfloat16()
+        return summed(self._exchanged(others_of(rounded, rank), group), rounded[rank], rank)
 
-    def _to_owners(self, messages: Tensor, group: dist.ProcessGroup, ranks: int, rank: int) -> Tensor:
-        """messages [ranks − 1, …], one for each other rank, ascending; comes back as those from the
-        others."""
+    def _exchanged(self, messages: Tensor, group: dist.ProcessGroup) -> Tensor:
         self.sent_bytes = messages.nbytes
-        arriving = torch.empty_like(messages)
-        counts = [int(other != rank) for other in range(ranks)]
-        dist.all_to_all_single(arriving, messages.contiguous(), counts, counts, group=group)
-        return arriving
+        return to_owners(messages, group).wait_for()
 
     def _kept(self, length: int) -> int:
         budget = int(self.ratio * 2 * length)

@@ -40,6 +40,19 @@ def release(rows: Tensor, kept: int, divisor: int, idle: Tensor | None) -> tuple
     return sent, places
 
 
+def release_others(
+    residual: Tensor, rank: int, kept: int, idle: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``release`` of all rows of ``residual`` [ranks, length] but this rank's: [ranks − 1, kept] of each."""
+    picked = [
+        release(residual[part], kept, 1, None if idle is None else idle[part])
+        for part in (slice(rank), slice(rank + 1, None))
+        if residual[part].numel()
+    ]
+    values, places = zip(*picked, strict=True)
+    return torch.cat(values), torch.cat(places)
+
+
 def split(values: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
     """What is sent of each value, and what stays: ``values = divisor · sent + stays``, to one fp32 rounding.
 
