@@ -1,10 +1,10 @@
 """Memory of training over sequences of varying length, by the settings of PyTorch's allocator.
 
-``python benchmarks/varying_lengths.py [--out benchmarks/results] [--steps 40] [--tokens 131072]``   needs a GPU
+``python benchmarks/varying_lengths.py [--out benchmarks/results] [--steps 40] [--tokens 131072]``
 
-Two ranks share one GPU and exchange over gloo. Each trains two blocks (attention over a pattern that brings
-it most of the other's keys, which are not kept for backward, and an MLP) in bf16, on lengths drawn anew in
-each step from half of ``--tokens`` to all of it. Each setting has processes of its own. Writes
+Needs a GPU. Two ranks share it and exchange over gloo. Each trains two blocks (attention over a pattern that
+brings it most of the other's keys, which are not kept for backward, and an MLP) in bf16, on lengths drawn
+anew in each step from half of ``--tokens`` to all of it. Each setting has processes of its own. Writes
 ``varying_lengths_<machine>.json``: the most memory that a rank had reserved, and that its tensors took.
 ``--device cpu`` shows that the script runs; nothing is measured then.
 """
