@@ -125,6 +125,32 @@ def test_bfloat16_travels() -> None:
         assert of_rank[0] == pytest.approx(losses, rel=0.02), SEED
 
 
+def over_nodes(rank: int, world: int, nodes: list[int], cp: int) -> tuple[int | None, list[float]]:
+    """``nodes``: what torchrun says to each rank of how many its node holds."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(nodes[rank])
+    parallel = grid(cp)
+    trainer = Trainer(STRIDED, replace(SETTINGS, steps=5), CORPUS, parallel)
+    assert trainer.tokens is not None and trainer.tokens.node == parallel.node
+    trainer.run(silent)
+    return parallel.node, bits_of(trainer)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cp", "node"),
+    [
+        ([2, 2, 2, 2], 4, 2),  # a row covers two nodes
+        ([2, 2, 2, 2], 2, None),  # a row is a node
+        ([4, 4, 4, 4], 2, None),
+        ([1, 3, 3, 3], 4, None),  # nodes of unlike sizes
+    ],
+)
+def test_a_row_that_covers_several_nodes_knows_them(nodes: list[int], cp: int, node: int | None) -> None:
+    losses, _ = alone(STRIDED, replace(SETTINGS, steps=5))
+    for found, of_rank in run_ranks(over_nodes, 4, nodes, cp):
+        assert found == node
+        assert_close(of_rank, losses)
+
+
 def shifted_over_ranks(rank: int, world: int, text: str, length: int) -> bool:
     layout = BlockLayout.from_pattern(parse_pattern(text) & Causal(), q_len=length, block_size=16)
     here = Tokens(layout, Ranks.of(None), CPU)

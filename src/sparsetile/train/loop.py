@@ -81,7 +81,7 @@ class Trainer:
         self.tokens: Tokens | None = None
         if self.parallel.cp.size > 1:
             layout = layout_of(arm, settings.model, settings.context, settings.block, torch.device("cpu"))
-            self.tokens = Tokens(layout, self.parallel.cp, self.device)
+            self.tokens = Tokens(layout, self.parallel.cp, self.device, self.parallel.node)
             self.attention, self._density = self.tokens.attend, layout.causal_density
         elif arm.adaptive is None:
             self.attention, self._density = attention_of(

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -43,11 +43,13 @@ class Parallel:
         world: all ranks.
         dp: those with the same tokens of other sequences.
         cp: those with other tokens of the same sequences.
+        node: how many of ``cp`` stand on one node, if these are several.
     """
 
     world: Ranks = _ALONE
     dp: Ranks = _ALONE
     cp: Ranks = _ALONE
+    node: int | None = None
 
     @property
     def first(self) -> bool:
@@ -213,7 +215,12 @@ def grid(context_parallel: int) -> Parallel:
         if world.size % context_parallel:
             _refuse_processes(context_parallel, world.size)
     rows = torch.arange(world.size, device="cpu").view(-1, context_parallel)
-    return Parallel(world, Ranks.of(_groups(rows.T)), Ranks.of(_groups(rows)))
+    made = Parallel(world, Ranks.of(_groups(rows.T)), Ranks.of(_groups(rows)))
+    # torchrun numbers ranks node by node, so a row covers whole nodes or lies within one.
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    alike = made.most(here) == -made.most(-here)
+    several = here < context_parallel and context_parallel % here == 0
+    return replace(made, node=here if alike and several else None)
 
 
 def _groups(rows: Tensor) -> dist.ProcessGroup:
@@ -245,13 +252,15 @@ class Tokens:
         layout: the causal pattern's tiles of the whole sequence, on the CPU.
         cp: the ranks that share it; each gets one tile at least.
         device: of the tokens.
+        node: how many of the ranks stand on one node, if these are several: what they need of another's then
+            crosses to it once.
 
     Attributes:
         positions: int64 ``[n]``, where this rank's tokens stand.
     """
 
-    def __init__(self, layout: BlockLayout, cp: Ranks, device: torch.device) -> None:
-        self.layout, self.cp = layout, cp
+    def __init__(self, layout: BlockLayout, cp: Ranks, device: torch.device, node: int | None = None) -> None:
+        self.layout, self.cp, self.node = layout, cp, node
         self.where = choose_sharding(layout, cp.size)
         self.positions = self.where.positions_of(cp.rank).to(device)
         self._earlier = _Earlier.of(self.where, cp, device)
@@ -275,6 +284,7 @@ class Tokens:
             order="contiguous" if self.where.order is None else "balanced",
             block_size=self.where.block,
             enable_gqa=True,
+            ranks_per_node=self.node,
         )
 
     def shifted(self, x: Tensor) -> tuple[Tensor, Tensor]:
