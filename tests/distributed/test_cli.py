@@ -65,7 +65,7 @@ def test_hierarchical_lies_where_it_says(capsys):
         (["Lokal(3)"], "Local"),
         (["Local(3)", "--heads", "3", "--kv-heads", "2"], "--heads"),
         (["Local(3)", "--ranks-per-node", "3"], "--ranks-per-node"),
-        (["Local(3)", "--max-remote-tokens", "64"], "max_remote_tokens"),
+        (["Local(3)", "--max-remote-tokens", "64"], "--max-remote-tokens: expected at least one tile"),
         (["Local(3)", "--ranks", "0"], "above 0"),
         (["Local(3)", "--ranks", "2,x"], "above 0"),
     ],

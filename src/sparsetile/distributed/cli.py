@@ -87,6 +87,15 @@ def main(options: argparse.Namespace) -> int:
                         fix="Every node holds as many ranks.",
                     )
                 )
+    if options.max_remote_tokens is not None and options.max_remote_tokens < options.block:
+        raise ArgumentError(
+            explain(
+                "--max-remote-tokens",
+                expected=f"at least one tile, {options.block} tokens",
+                got=options.max_remote_tokens,
+                fix="Tiles are not divided on their way; take smaller tiles or more tokens.",
+            )
+        )
     begun = time.perf_counter()
     pattern = parse_pattern(options.pattern)
     if options.causal:
