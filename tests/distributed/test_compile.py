@@ -316,7 +316,7 @@ def test_a_graph_follows_the_default_group(tmp_path: Path) -> None:
 
 
 def formed_late(rank: int, world: int, folder: str) -> None:
-    """The same shapes before there is a group and in one."""
+    """The same shapes before there is a group, in one of this rank alone, and in one of all."""
     torch.distributed.destroy_process_group()
     torch.manual_seed(8)
     whole = torch.randn(1, 4 * BLOCK, 2, 8)
@@ -325,6 +325,10 @@ def formed_late(rank: int, world: int, folder: str) -> None:
     where = Sharding.contiguous(4 * BLOCK, world, BLOCK)
     x = whole[:, where.positions_of(rank)]
     torch.testing.assert_close(compiled(x, x, x), module(x, x, x))
+    store = torch.distributed.FileStore(f"{folder}/{rank}", 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    torch.testing.assert_close(compiled(x, x, x), module(x, x, x))
+    torch.distributed.destroy_process_group()
     store = torch.distributed.FileStore(f"{folder}/late", world)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     expected = st.BlockSparseRingDilatedAttention(sparse_config=CONFIG)(whole, whole, whole)
