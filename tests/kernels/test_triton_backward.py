@@ -219,7 +219,7 @@ def test_every_program_of_a_launch_has_one_turn(monkeypatch: pytest.MonkeyPatch,
     mask = torch.ones(1, 1, 150, 170, dtype=torch.bool)
     mask[..., 64:, 64:] = torch.rand(86, 106) > 0.5
     mask[..., 64:96, 96:] = False
-    case = random_case(block=32, q_len=150, k_len=170, batch=2, heads=6, mask=mask, head_dim=16)
+    case = random_case(block=32, q_len=150, k_len=170, batch=2, heads=2 * group, mask=mask, head_dim=16)
     key_heads = case.k.shape[1] // group
     case = replace(case, k=case.k[:, :key_heads].contiguous(), v=case.v[:, :key_heads].contiguous())
     with override(backward=Pair((16, 32), (32, 16), 4, 1), chunk=3):
