@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sparsetile.cli import positive, token_count
-from sparsetile.distributed.plan import Plan, PlanReport, make_plan
+from sparsetile.distributed.plan import Plan, PlanReport, check_stage, make_plan
 from sparsetile.distributed.sharding import Sharding, choose_sharding
 from sparsetile.errors import ArgumentError, explain
 from sparsetile.layout.blocks import BLOCK_SIZES, BlockLayout
@@ -87,15 +87,8 @@ def main(options: argparse.Namespace) -> int:
                         fix="Every node holds as many ranks.",
                     )
                 )
-    if options.max_remote_tokens is not None and options.max_remote_tokens < options.block:
-        raise ArgumentError(
-            explain(
-                "--max-remote-tokens",
-                expected=f"at least one tile, {options.block} tokens",
-                got=options.max_remote_tokens,
-                fix="Tiles are not divided on their way; take smaller tiles or more tokens.",
-            )
-        )
+    if options.max_remote_tokens is not None:
+        check_stage("--max-remote-tokens", options.max_remote_tokens, options.block)
     begun = time.perf_counter()
     pattern = parse_pattern(options.pattern)
     if options.causal:

@@ -223,15 +223,8 @@ def make_plan(
                 fix="Every node holds as many ranks.",
             )
         )
-    if max_remote_tokens is not None and _count("max_remote_tokens", max_remote_tokens) < sharding.block:
-        raise ArgumentError(
-            explain(
-                "max_remote_tokens",
-                expected=f"at least one tile, {sharding.block} tokens",
-                got=max_remote_tokens,
-                fix="Tiles are not divided on their way; take smaller tiles or more tokens.",
-            )
-        )
+    if max_remote_tokens is not None:
+        check_stage("max_remote_tokens", _count("max_remote_tokens", max_remote_tokens), sharding.block)
     with torch.device("cpu"):
         groups = 1 if layout.heads == 1 else kv_heads
         destination, head, tile = needed(layout, sharding, groups)
@@ -284,6 +277,19 @@ def _feed(digest: hashlib.blake2b, tensor: Tensor) -> None:
     digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
     if tensor.numel():
         digest.update((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+
+
+def check_stage(name: str, tokens: int, block: int) -> None:
+    """Raises ArgumentError, about ``name``, if a stage of so many tokens cannot hold a tile."""
+    if tokens < block:
+        raise ArgumentError(
+            explain(
+                name,
+                expected=f"at least one tile, {block} tokens",
+                got=tokens,
+                fix="Tiles are not divided on their way; take smaller tiles or more tokens.",
+            )
+        )
 
 
 def _count(name: str, value: object) -> int:
