@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import pickle
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -70,6 +74,27 @@ def run_ranks(
                 if process.is_alive():
                     process.kill()
     return [found.get(rank) for rank in range(world)]
+
+
+def torchrun(processes: int, script: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """``script``, a file or ``-m module`` and its arguments, as torchrun starts it; 1 process without it."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    # A session of its own, so that a deadline ends the ranks with their launcher.
+    process = subprocess.Popen(
+        [sys.executable, *(launch if processes > 1 else ()), *script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **paths},
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 NO_THREAD_LEFT = """

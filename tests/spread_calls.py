@@ -29,6 +29,7 @@ class Case:
     padded: bool = False
     dropout: float = 0.0
     biased: bool = False
+    bias_shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float64
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -42,7 +43,7 @@ class Case:
             "grad_lse": torch.randn(2, self.heads, self.length, dtype=self.dtype),
         }
         if self.biased:
-            made["bias"] = torch.randn(self.layout().capacity, dtype=self.dtype)
+            made["bias"] = torch.randn(*self.bias_shape, self.layout().capacity, dtype=self.dtype)
         return made
 
     def layout(self) -> Any:
@@ -65,6 +66,10 @@ class Case:
         }
 
 
+def loss(out: Tensor, lse: Tensor, made: dict[str, Tensor]) -> Tensor:
+    return (out * made["grad"]).sum() + (lse * made["grad_lse"]).masked_fill(lse.isinf(), 0.0).sum()
+
+
 def alone(case: Case) -> dict[str, Tensor]:
     """The single process."""
     made = case.tensors()
@@ -75,8 +80,7 @@ def alone(case: Case) -> dict[str, Tensor]:
         leaves["q"], leaves["k"], leaves["v"], case.layout(), key_padding_mask=mask, tile_bias=bias,
         **case.common(),
     )  # fmt: skip
-    total = (out * made["grad"]).sum() + (lse * made["grad_lse"]).masked_fill(lse.isinf(), 0.0).sum()
-    grads = torch.autograd.grad(total, list(leaves.values()))
+    grads = torch.autograd.grad(loss(out, lse, made), list(leaves.values()))
     return {"out": out.detach(), "lse": lse.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
@@ -100,9 +104,8 @@ def on_rank(rank: int, world: int, cases: list[Case]) -> list[dict[str, Tensor]]
             key_padding_mask=None if mask is None else mask[:, where.positions_of(rank)],
             tile_bias=leaves.get("bias"), max_remote_tokens=case.most, **case.common(), **case.options,
         )  # fmt: skip
-        total = (out * pieces["grad"]).sum()
-        total = total + (lse * pieces["grad_lse"]).masked_fill(lse.isinf(), 0.0).sum()
-        grads = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+        of_leaves = torch.autograd.grad(loss(out, lse, pieces), list(leaves.values()))
+        grads = dict(zip(leaves, of_leaves, strict=True))
         whole = {"out": unshard_sequence(out, 2, where), "lse": unshard_sequence(lse, 2, where)}
         whole |= {name: unshard_sequence(grads[name], 2, where) for name in "qkv"}
         if case.biased:

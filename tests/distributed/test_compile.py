@@ -6,7 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,81 +25,16 @@ from sparsetile.distributed.call import sharding_by
 from sparsetile.distributed.parts import Call
 from sparsetile.distributed.ranks import Ranks
 from sparsetile.errors import BackendError, MismatchError, RankLostError
+from spread_calls import BLOCK, Case, alone, loss
 
-BLOCK = 16
 LOCAL = st.Local(20)
 CONFIG = st.SparsePatternConfig("global_local", 0.3, block_size=BLOCK, global_tokens=BLOCK)
-
-
-@dataclass
-class Case:
-    """One call over the whole sequence; ``seed`` draws its tensors."""
-
-    seed: int
-    pattern: Any
-    length: int
-    heads: int = 4
-    kv_heads: int = 2
-    is_causal: bool = False
-    order: str = "contiguous"
-    most: int | None = None
-    padded: bool = False
-    dropout: float = 0.0
-    bias: tuple[int, ...] | None = None
-    keep: bool = True
-
-    def tensors(self) -> dict[str, Tensor]:
-        draw = torch.Generator().manual_seed(self.seed)
-        rows = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads, "grad": self.heads}
-        made = {
-            name: torch.randn(2, heads, self.length, 8, dtype=torch.float64, generator=draw)
-            for name, heads in rows.items()
-        }
-        made["grad_lse"] = torch.randn(2, self.heads, self.length, dtype=torch.float64, generator=draw)
-        if self.bias is not None:
-            capacity = self.layout().capacity
-            made["bias"] = torch.randn(*self.bias, capacity, dtype=torch.float64, generator=draw)
-        return made
-
-    def layout(self) -> Any:
-        if self.bias is None:
-            return self.pattern
-        return st.BlockLayout.from_pattern(self.pattern, self.length, block_size=BLOCK, heads=self.heads)
-
-    def mask(self) -> Tensor | None:
-        draw = torch.Generator().manual_seed(self.seed + 1)
-        return torch.rand(2, self.length, generator=draw) < 0.3 if self.padded else None
-
-    def common(self) -> dict[str, Any]:
-        return {
-            "is_causal": self.is_causal,
-            "dropout_p": self.dropout,
-            "block_size": BLOCK,
-            "enable_gqa": True,
-            "return_lse": True,
-        }
-
-
-def loss(out: Tensor, lse: Tensor, made: dict[str, Tensor]) -> Tensor:
-    return (out * made["grad"]).sum() + (lse * made["grad_lse"]).masked_fill(lse.isinf(), 0.0).sum()
-
-
-def alone(case: Case) -> dict[str, Tensor]:
-    made = case.tensors()
-    leaves = {name: x.requires_grad_() for name, x in made.items() if not name.startswith("grad")}
-    torch.manual_seed(case.seed + 2)
-    out, lse = st.sparse_attention(
-        leaves["q"], leaves["k"], leaves["v"], case.layout(), key_padding_mask=case.mask(),
-        tile_bias=leaves.get("bias"), **case.common(),
-    )  # fmt: skip
-    grads = torch.autograd.grad(loss(out, lse, made), list(leaves.values()))
-    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
 def attend(case: Case, layout: Any, q: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any) -> Any:
     return distributed_attention(
         q, k, v, layout, order=case.order, key_padding_mask=mask, tile_bias=bias,
-        max_remote_tokens=case.most, keep=case.keep, **case.common(),
+        max_remote_tokens=case.most, **case.common(), **case.options,
     )  # fmt: skip
 
 
@@ -112,7 +47,7 @@ def on_rank(rank: int, world: int, cases: list[Case], backend: str) -> list[dict
         here = where.positions_of(rank)
         pieces = {name: x.index_select(2, here) for name, x in made.items() if name != "bias"}
         leaves = {name: pieces[name].requires_grad_() for name in "qkv"}
-        if case.bias is not None:
+        if case.biased:
             leaves["bias"] = made["bias"].requires_grad_()
         mine = None if mask is None else mask[:, here]
         both = []
@@ -125,7 +60,7 @@ def on_rank(rank: int, world: int, cases: list[Case], backend: str) -> list[dict
         eager, compiled = both
         assert all(torch.equal(eager[name], x) for name, x in compiled.items()), case
         whole = {name: unshard_sequence(x, 2, where) for name, x in compiled.items() if name != "bias"}
-        if case.bias is not None:
+        if case.biased:
             torch.distributed.all_reduce(compiled["bias"])
             whole["bias"] = compiled["bias"]
         found.append(whole)
@@ -135,14 +70,17 @@ def on_rank(rank: int, world: int, cases: list[Case], backend: str) -> list[dict
 def drawn(seed: int) -> list[Case]:
     by_head = st.Random(0.3, seed=seed, by_head=True)
     both = st.Local(30) | st.Global(5)
+    case = partial(Case, seed, heads=4, kv_heads=2)
     return [
-        Case(seed, both, 200, is_causal=True),
-        Case(seed, repr(both), 130, kv_heads=4, order="balanced", padded=True, keep=False),
-        Case(seed, both, 210, is_causal=True, most=BLOCK, dropout=0.3),
-        Case(seed, by_head, 230, order="balanced", most=2 * BLOCK, padded=True, dropout=0.4),
-        Case(seed, by_head, 170, kv_heads=4, bias=(), padded=True),
-        Case(seed, both & st.Causal(), 190, kv_heads=1, bias=(2, 4), dropout=0.2, most=3 * BLOCK),
-        Case(seed, both, BLOCK + 3, is_causal=True, padded=True),  # a rank of three holds nothing
+        case(both, 200, is_causal=True),
+        case(repr(both), 130, kv_heads=4, order="balanced", padded=True, options={"keep": False}),
+        case(both, 210, is_causal=True, most=BLOCK, dropout=0.3),
+        case(by_head, 230, order="balanced", most=2 * BLOCK, padded=True, dropout=0.4),
+        case(by_head, 170, kv_heads=4, biased=True, padded=True),
+        case(
+            both & st.Causal(), 190, kv_heads=1, biased=True, bias_shape=(2, 4), dropout=0.2, most=3 * BLOCK
+        ),
+        case(both, BLOCK + 3, is_causal=True, padded=True),  # a rank of three holds nothing
     ]
 
 

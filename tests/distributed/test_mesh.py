@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import sparsetile as st
-from processes import NO_THREAD_LEFT, run_ranks
+from processes import NO_THREAD_LEFT, run_ranks, torchrun
 from sparsetile.distributed import Sharding, shard_sequence
 from sparsetile.errors import BackendError
 
@@ -303,14 +300,8 @@ def test_the_example_of_the_docs_runs_over_ranks(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     (tmp_path / "example.py").write_text(code + NO_THREAD_LEFT)
     printed = []
-    for launch in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]):
-        done = subprocess.run(
-            [sys.executable, *launch, str(tmp_path / "example.py")],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-            timeout=120,
-        )
+    for processes in (1, 4):
+        done = torchrun(processes, [str(tmp_path / "example.py")])
         assert done.returncode == 0, done.stderr
         printed.append([float(x) for x in done.stdout.split()])
     # The loss and the norm of the gradient, the same for one process as for four.

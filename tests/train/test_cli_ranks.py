@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from processes import NO_THREAD_LEFT, run_ranks
+from processes import NO_THREAD_LEFT, run_ranks, torchrun
 from sparsetile.cli import main
 
 SIZES = {"context": 704, "layers": 1, "width": 32, "heads": 2, "kv-heads": 1, "block": 16, "batch": 2}
@@ -28,35 +23,6 @@ def book(tmp_path: Path) -> str:
     return str(path)
 
 
-def torchrun(
-    processes: int, arguments: list[str], script: Sequence[str] = ("-m", "sparsetile")
-) -> subprocess.CompletedProcess[str]:
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
-    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    # A session of its own, so that a deadline ends the ranks with their launcher.
-    process = subprocess.Popen(
-        [*launch, *script, "train", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **paths},
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=150)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
 def test_torchrun_trains_what_one_process_trains(book: str, tmp_path: Path) -> None:
     arguments = ["--data", book, "--attention", PATTERN, "--steps", "6", *TINY]
     checkpoint = ["--checkpoint", str(tmp_path / "run.pt")]
@@ -65,7 +31,7 @@ def test_torchrun_trains_what_one_process_trains(book: str, tmp_path: Path) -> N
     script.write_text(
         f"import sys\nfrom sparsetile.cli import main\ncode = main(){NO_THREAD_LEFT}sys.exit(code)\n"
     )
-    done = torchrun(2, two_ranks, [str(script)])
+    done = torchrun(2, [str(script), "train", *two_ranks])
     assert done.returncode == 0, done.stderr
     # One rank speaks.
     assert done.stdout.count("held-out bits per byte") == 1 == done.stdout.count("Ranks: 1 × 2")
@@ -83,7 +49,7 @@ def test_torchrun_trains_what_one_process_trains(book: str, tmp_path: Path) -> N
 
 def test_what_all_ranks_refuse_is_said_once(book: str, tmp_path: Path) -> None:
     arguments = ["--data", book, "--out", str(tmp_path), "--attention", "dense", *TINY]
-    done = torchrun(2, ["--context-parallel", "2", "--steps", "1", *arguments])
+    done = torchrun(2, ["-m", "sparsetile", "train", "--context-parallel", "2", "--steps", "1", *arguments])
     assert done.returncode != 0
     said = re.findall(r"^sparsetile: .*got dense attention.*--attention 'Full\(\)'", done.stderr, re.M)
     assert len(said) == 1
