@@ -77,7 +77,7 @@ def test_what_needs_a_gpu_says_so(name):
 def test_choice_of_rivals():
     assert [rival.name for rival in rivals.chosen_rivals(None, CPU)] == ["dense", "cpu", "flex"]
     on_gpu = [rival.name for rival in rivals.chosen_rivals(None, torch.device("cuda"))]
-    assert set(on_gpu) == {"triton", "flex", "fa4", "dense", "dense-cudnn", "dense-fa4"}
+    assert set(on_gpu) == {"hopper", "triton", "flex", "fa4", "dense", "dense-cudnn", "dense-fa4"}
     assert all(name.startswith("dense") for name in on_gpu[:3])
     assert [rival.name for rival in rivals.chosen_rivals(["flex", "cpu", "flex"], CPU)] == ["flex", "cpu"]
     with pytest.raises(ArgumentError, match="'fa3'"):

@@ -1,4 +1,4 @@
-"""The promises of the Triton backend on a real GPU: the gradient matrix and a run past 2³¹ elements.
+"""The promises of the GPU backends on a real GPU: the gradient matrix and a run past 2³¹ elements.
 
     PYTHONPATH=src:tests python tests/gpu/gradient_matrix.py --json results.json
 
@@ -12,6 +12,7 @@ tensors and the LSE also pass at 1e-5. Processes share the GPU because compiling
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -32,6 +33,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 BLOCKS = (128, 64, 32, 16)
 FEATURES = ("causal", "gqa", "padding", "dropout", "tile_bias", "attn_bias", "lse")
 RATIO, FP32_ERROR = 1.2, 1e-5
+SERVED = {
+    "triton": (HEAD_DIMS, DTYPES, BLOCKS, FEATURES),
+    "hopper": ((128, 64), DTYPES[1:], (128, 64), ("causal", "gqa", "tile_bias", "lse")),
+}
+"""What each backend answers for: head_dims, dtypes, blocks, features."""
 
 
 def norm_error(got: Tensor, expected: Tensor) -> float:
@@ -87,13 +93,21 @@ def dense_answers(case: Any, *, fused: bool) -> dict[str, Tensor]:
 
 
 def cell(
-    head_dim: int, dtype: str, block: int, feature: str, *, length: int = 400, device: str = "cuda"
+    head_dim: int,
+    dtype: str,
+    block: int,
+    feature: str,
+    *,
+    name: str = "triton",
+    length: int = 400,
+    device: str = "cuda",
 ) -> dict[str, Any]:
     """Errors of one cell: ``{"tensors": {name: [error, dense error]}, "ratio", "passed", "seed"}``."""
     from oracle import random_case, run
-    from sparsetile.kernels import triton_backend
+    from sparsetile.kernels.select import BACKENDS
     from sparsetile.kernels.triton_config import Target, override, target_of
 
+    backend: Any = BACKENDS[name]
     mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril() if feature == "causal" else None
     case = random_case(
         head_dim=head_dim,
@@ -109,17 +123,17 @@ def cell(
     if feature == "causal":
         # Every row is cut into items of one tile, so that the combining kernels are seen, too.
         with override(chunk=1):
-            got = run(triton_backend, case)
+            got = run(backend, case)
     elif feature == "gqa":
         # On a GPU said to be small the column pass walks the whole group of a key head in one program.
-        found, small = triton_backend.target_of, Target(target_of(case.q.device).family, 1)
-        triton_backend.target_of = lambda device: small  # type: ignore[assignment]
+        found, small = backend.target_of, Target(target_of(case.q.device).family, 1)
+        backend.target_of = lambda device: small
         try:
-            got = run(triton_backend, case)
+            got = run(backend, case)
         finally:
-            triton_backend.target_of = found
+            backend.target_of = found
     else:
-        got = run(triton_backend, case)
+        got = run(backend, case)
     written = dense_answers(case, fused=False)
     fused = {} if feature in ("dropout", "lse") else dense_answers(case, fused=True)
     tensors, ratios, passed = {}, [], True
@@ -136,18 +150,24 @@ def cell(
     return {"tensors": tensors, "ratio": max(ratios), "passed": passed, "seed": case.seed}
 
 
-def cells_of(task: tuple[int, str, int, float]) -> list[dict[str, Any]]:
-    """All features of one head_dim, dtype and block, which share most of their kernels."""
-    head_dim, dtype, block, deadline = task
+def cells_of(task: tuple[str, int, str, int, float]) -> list[dict[str, Any]]:
+    """All features of one backend, head_dim, dtype and block, which share most of their kernels."""
+    backend, head_dim, dtype, block, deadline = task
     torch.set_num_threads(1)
     results = []
-    for feature in FEATURES:
-        name = {"head_dim": head_dim, "dtype": dtype, "block": block, "feature": feature}
+    for feature in SERVED[backend][3]:
+        name = {
+            "backend": backend,
+            "head_dim": head_dim,
+            "dtype": dtype,
+            "block": block,
+            "feature": feature,
+        }
         if time.time() > deadline:
             results.append({**name, "passed": False, "problem": "not run: out of time"})
             continue
         try:
-            results.append({**name, **cell(head_dim, dtype, block, feature)})
+            results.append({**name, **cell(head_dim, dtype, block, feature, name=backend)})
         except Exception as problem:
             results.append(
                 {**name, "passed": False, "problem": f"{type(problem).__name__}: {str(problem)[:300]}"}
@@ -167,11 +187,14 @@ def band(blocks: int, block: int, device: str) -> Any:
     return layout.to(device)
 
 
-def past_int32(elements: int, *, backward: bool, device: str = "cuda") -> dict[str, Any]:
+def past_int32(
+    elements: int, *, backward: bool, name: str = "triton", device: str = "cuda"
+) -> dict[str, Any]:
     """bf16, 8 heads, head_dim 64 and ``elements`` in q: sampled blocks against float64 on their own keys."""
-    from sparsetile.kernels import triton_backend
     from sparsetile.kernels.request import Request
+    from sparsetile.kernels.select import BACKENDS
 
+    backend = BACKENDS[name]
     heads, dim, block = 8, 64, 128
     blocks = elements // (heads * dim * block)
     length = blocks * block
@@ -182,11 +205,11 @@ def past_int32(elements: int, *, backward: bool, device: str = "cuda") -> dict[s
         torch.randn(1, heads, length, dim, device=device, dtype=torch.bfloat16) for _ in range(count)
     )
     start = time.perf_counter()
-    out, lse = triton_backend.forward(q, k, v, request)
+    out, lse = backend.forward(q, k, v, request)
     answer = {"out": out, "lse": lse}
     if backward:
         asked = {"tile_bias_grad": False, "attn_bias_grad": False}
-        grads = triton_backend.backward(rest[0], None, q, k, v, out, lse, request, **asked)
+        grads = backend.backward(rest[0], None, q, k, v, out, lse, request, **asked)
         answer |= {"q": grads.q, "k": grads.k, "v": grads.v}
     if device == "cuda":
         torch.cuda.synchronize()
@@ -226,6 +249,7 @@ def main() -> int:
         "--minutes", type=float, default=6.0, help="cells not begun by then are reported as not run"
     )
     parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--backends", nargs="+", choices=tuple(SERVED), default=tuple(SERVED))
     parser.add_argument("--skip", choices=("matrix", "large"), default=None)
     options = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
@@ -240,7 +264,11 @@ def main() -> int:
     }
     if options.skip != "matrix":
         deadline = started + 60 * options.minutes
-        tasks = [(dim, dtype, block, deadline) for dim in HEAD_DIMS for dtype in DTYPES for block in BLOCKS]
+        tasks = [
+            (backend, *of, deadline)
+            for backend in options.backends
+            for of in itertools.product(*SERVED[backend][:3])
+        ]
         with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
             for index, results in enumerate(pool.imap_unordered(cells_of, tasks, chunksize=1), 1):
                 report["cells"] += results
@@ -253,17 +281,20 @@ def main() -> int:
     if options.skip != "large":
         memory = torch.cuda.mem_get_info()[0]
         tokens = 16 * 2**20 if memory > 85 * 2**30 else 6 * 2**20
-        report["large"]["forward"] = past_int32(tokens * 512, backward=False)
-        torch.cuda.empty_cache()
-        report["large"]["backward"] = past_int32(5 * 2**20 * 512, backward=True)
+        for name in options.backends:
+            forward = past_int32(tokens * 512, backward=False, name=name)
+            torch.cuda.empty_cache()
+            backward = past_int32(5 * 2**20 * 512, backward=True, name=name)
+            torch.cuda.empty_cache()
+            report["large"] |= {f"{name} forward": forward, f"{name} backward": backward}
         print(json.dumps(report["large"]), flush=True)
     report["seconds"] = time.time() - started
-    report["cells"].sort(key=lambda c: (c["head_dim"], c["dtype"], c["block"], c["feature"]))
+    report["cells"].sort(key=lambda c: (c["backend"], c["head_dim"], c["dtype"], c["block"], c["feature"]))
     Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 
     failed = [result for result in report["cells"] if not result["passed"]]
     for result in failed[:40]:
-        name = f"D{result['head_dim']} {result['dtype']} block {result['block']} {result['feature']}"
+        name = "{backend} D{head_dim} {dtype} block {block} {feature}".format(**result)
         print(
             "FAILED",
             name,

@@ -30,7 +30,7 @@ def test_auto_raises_with_every_reason_instead_of_going_dense():
     assert "reference" not in AUTO
 
 
-@pytest.mark.parametrize("name", ["cpu", "triton"])
+@pytest.mark.parametrize("name", ["cpu", "hopper", "triton"])
 def test_named_backend_raises_its_own_reason(name):
     q = torch.randn(1, 1, 20, 16, device="meta")
     reason = BACKENDS[name].why_not(q, q, q, request())

@@ -238,7 +238,7 @@ def test_their_number_is_bounded(played: list[Recording]) -> None:
 
 def test_layouts_with_recordings_can_be_copied_and_pickled(played: list[Recording]) -> None:
     recordings: Recordings = Recordings()
-    recordings.keep("kind", Recording((), (), 0, ()))
+    recordings.keep("kind", Recording((), (), 0, False, ()))
     for copied in (copy.deepcopy(recordings), pickle.loads(pickle.dumps(recordings))):
         assert type(copied) is Recordings and not copied
     assert len(recordings) == 1

@@ -178,8 +178,7 @@ def chosen_rivals(names: list[str] | None, device: torch.device) -> list[Rival]:
     """The named rivals; by default those that suit ``device``. Raises ArgumentError for an unknown name."""
     known = all_rivals()
     if names is None:
-        own = "cpu" if device.type == "cpu" else "triton"
-        names = [name for name in AUTO if name == own] + ["dense", "flex"]
+        names = [name for name in AUTO if (name == "cpu") == (device.type == "cpu")] + ["dense", "flex"]
         if device.type == "cuda":
             names += ["dense-cudnn", "fa4", "dense-fa4"]
     for name in names:

@@ -8,6 +8,7 @@ from typing import cast
 from torch import Tensor
 
 import sparsetile.kernels.cpu as cpu
+import sparsetile.kernels.hopper_backend as hopper_backend
 import sparsetile.kernels.reference as reference
 import sparsetile.kernels.triton_backend as triton_backend
 from sparsetile.errors import ArgumentError, BackendError, explain
@@ -15,11 +16,12 @@ from sparsetile.kernels.request import Backend, Request
 
 BACKENDS: dict[str, Backend] = {
     "cpu": cast(Backend, cpu),
+    "hopper": cast(Backend, hopper_backend),
     "triton": cast(Backend, triton_backend),
     "reference": cast(Backend, reference),
 }
 
-AUTO = ("cpu", "triton")
+AUTO = ("cpu", "hopper", "triton")
 """What ``backend="auto"`` tries, in this order; the dense reference only ever runs when named."""
 
 

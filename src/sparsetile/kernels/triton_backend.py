@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsetile.kernels.request import Gradients, Request
-from sparsetile.kernels.triton_config import overridden, target_of
+from sparsetile.kernels.triton_config import Target, overridden, target_of
 from sparsetile.kernels.triton_replay import kind_of, record, recordings_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -86,20 +86,27 @@ _BACKWARD = (
 
 def forward(q: Tensor, k: Tensor, v: Tensor, request: Request) -> tuple[Tensor, Tensor]:
     """(out ``[B, H, Nq, D]`` in q's dtype, lse ``[B, H, Nq]`` fp32), both contiguous."""
-    plan = _plan()
+    return forward_by(_plan(), q, k, v, request, target_of(q.device))
+
+
+def forward_by(
+    plan: ModuleType, q: Tensor, k: Tensor, v: Tensor, request: Request, target: Target
+) -> tuple[Tensor, Tensor]:
+    """``forward`` by the launches that the module ``plan`` prepares."""
     batch, heads, q_len, dim = q.shape
     # Sizes one by one: PyTorch takes two microseconds less to read them than to read a torch.Size.
     out = q.new_empty(batch, heads, q_len, dim)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     inputs = (q, k, v, *plan.features_of(request))
-    kind, pointers = kind_of(inputs, "forward", q.get_device(), request.scale, request.dropout_p)
+    named = (plan.__name__, "forward", q.get_device(), request.scale, request.dropout_p)
+    kind, pointers = kind_of(inputs, *named)
     recordings = recordings_of(request.layout)
     known = None if overridden() else recordings.get(kind)
     with on_device(q.device):
         if known is not None:
             known.play([*pointers, out.data_ptr(), lse.data_ptr()], q.device)
             return out, lse
-        made = record(plan.forward_launches(q, k, v, out, lse, request, target_of(q.device)), _FORWARD)
+        made = record(plan.forward_launches(q, k, v, out, lse, request, target), _FORWARD)
     if made is not None and not overridden():
         recordings.keep(kind, made)
     return out, lse
@@ -120,14 +127,33 @@ def backward(
 ) -> Gradients:
     """Gradients of ``sum(out·grad_out) + sum(lse·grad_lse)``; dq, dk, dv in the inputs' dtype, biases' in
     fp32."""
-    plan = _plan()
+    asked = (tile_bias_grad, attn_bias_grad)
+    given = (grad_out, grad_lse, q, k, v, out, lse)
+    return backward_by(_plan(), *given, request, target_of(q.device), *asked)
+
+
+def backward_by(
+    plan: ModuleType,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    request: Request,
+    target: Target,
+    tile_bias_grad: bool,
+    attn_bias_grad: bool,
+) -> Gradients:
+    """``backward`` by the launches that the module ``plan`` prepares."""
     layout, device = request.layout, q.device
     batch, heads, q_len, _ = q.shape
     grad_out, out = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_out, out))
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.float().contiguous()
     inputs = (q, k, v, out, lse, grad_out, grad_lse, *plan.features_of(request))
-    asked = (tile_bias_grad, attn_bias_grad)
-    kind, pointers = kind_of(inputs, "backward", q.get_device(), request.scale, request.dropout_p, asked)
+    named = (plan.__name__, "backward", q.get_device(), request.scale, request.dropout_p)
+    kind, pointers = kind_of(inputs, *named, tile_bias_grad, attn_bias_grad)
     recordings = recordings_of(layout)
     known = None if overridden() else recordings.get(kind)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))
@@ -144,7 +170,7 @@ def backward(
             known.play(pointers, device)
         else:
             given = (q, k, v, out, lse, grad_out, grad_lse, dq, dk, dv, tile_grad, bias_grad)
-            made = record(plan.backward_launches(*given, request, target_of(device)), _BACKWARD)
+            made = record(plan.backward_launches(*given, request, target), _BACKWARD)
             if made is not None and not overridden():
                 recordings.keep(kind, made)
     tile_sum = None if tile_grad is None else tile_grad[0] if tile_parts == 1 else tile_grad.sum(0)

@@ -17,11 +17,15 @@ from sparsetile.kernels.triton_tiles import COUNTS, LOG2E, item_of, load_tile, p
 # fmt: off
 @triton.jit(do_not_specialize=COUNTS)
 def delta_kernel(
-    grad_out, out, lse, grad_lse, lse2, delta, sg_b, sg_h, sg_n, so_b, so_h, so_n, heads, q_len,
+    grad_out, out, lse, grad_lse, lse2, delta, row_counter, column_counter, sg_b, sg_h, sg_n, so_b, so_h,
+    so_n, heads, q_len, pitch,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr,
 ):
     # fmt: on
-    """δ and the LSE in base 2, fp32 ``[B, H, Nq]``; a row without keys gets LSE +inf, so P is 0 there."""
+    """δ and the LSE in base 2, fp32 ``[B, H, pitch]``; a row without keys gets LSE +inf, so P is 0 there.
+
+    Where the kernels that come next draw their work from counters, these begin at 0.
+    """
     blocks = tl.cdiv(q_len, M)
     program = tl.program_id(0)
     owner = program // blocks
@@ -41,8 +45,12 @@ def delta_kernel(
     if grad_lse is not None:
         row_delta -= tl.load(grad_lse + at, mask=ok, other=0.0)
     empty = row_lse == float("-inf")
+    at = owner.to(tl.int64) * pitch + query0 + queries
     tl.store(lse2 + at, tl.where(empty, float("inf"), row_lse * LOG2E), mask=ok)
     tl.store(delta + at, tl.where(empty, 0.0, row_delta), mask=ok)
+    if row_counter is not None and program == 0:
+        tl.store(row_counter, 0)
+        tl.store(column_counter, 0)
 
 
 @triton.jit

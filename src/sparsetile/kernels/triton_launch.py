@@ -28,7 +28,7 @@ from sparsetile.kernels.triton_tiles import GRAD_ROWS
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.schedule import Direction, Schedule, chunk_for, schedule
 
-_LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634
 _SMALLEST = 2.0**-126  # a scale of 0, such that −inf times it stays −inf
 _SHORT_BLOCK = 32  # tokens a program of the kernels that only combine parts
 _SUM_ENTRIES = 2048  # of dk and dv that a program sums over a group's heads
@@ -56,21 +56,22 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class _Owners:
-    """How tensor heads share the rows of a layout."""
+class Owners:
+    """How tensor heads share the rows of a layout: ``reps`` of them run each."""
 
     reps: int
     batch_shared: bool
     heads_shared: bool
 
     @staticmethod
-    def of(layout: BlockLayout, batch: int, heads: int) -> _Owners:
+    def of(layout: BlockLayout, batch: int, heads: int) -> Owners:
         batch_shared, heads_shared = layout.batch == 1, layout.heads == 1
         reps = (batch if batch_shared else 1) * (heads if heads_shared else 1)
-        return _Owners(reps, batch_shared, heads_shared)
+        return Owners(reps, batch_shared, heads_shared)
 
 
-def _scheduled(layout: BlockLayout, direction: Direction, owners: _Owners, target: Target) -> Schedule:
+def scheduled(layout: BlockLayout, direction: Direction, owners: Owners, target: Target) -> Schedule:
+    """The schedule of the rows, or columns, whose longest item suits the GPU."""
     other = layout.block_k if direction == "rows" else layout.block_q
     chunk = chunk_override() or chunk_for(
         layout,
@@ -117,7 +118,7 @@ def _common(
     k: Tensor,
     v: Tensor,
     request: Request,
-    owners: _Owners,
+    owners: Owners,
     target: Target,
 ) -> dict[str, Any]:
     """Arguments that forward and backward take; backward takes the ``owners`` of its columns."""
@@ -190,8 +191,8 @@ def forward_launches(
 ) -> list[Launch]:
     """Launches that fill ``out`` ``[B, H, Nq, D]`` and ``lse`` ``[B, H, Nq]`` (fp32), both contiguous."""
     layout = request.layout
-    owners = _Owners.of(layout, q.shape[0], q.shape[1])
-    plan = _scheduled(layout, "rows", owners, target)
+    owners = Owners.of(layout, q.shape[0], q.shape[1])
+    plan = scheduled(layout, "rows", owners, target)
     blocks = layout.block_q, layout.block_k
     tiles = forward_tiles(target, q.element_size(), q.shape[-1], *blocks, _work(request))
     rows = plan.slots * owners.reps * layout.block_q
@@ -207,14 +208,14 @@ def forward_launches(
         "part_out": part_out,
         "part_lse": part_lse,
         "q_blocks": layout.q_blocks,
-        "scale": abs(request.scale) * _LOG2E or _SMALLEST,
+        "scale": abs(request.scale) * LOG2E or _SMALLEST,
         "NEGATE": request.scale < 0,
     }
     programs = plan.items.shape[1] * owners.reps * (layout.block_q // tiles.queries)
     launches = [Launch(triton_forward.forward_kernel, programs, arguments, _options(tiles))]
     if part_out is not None:
         launches.append(
-            _combining(
+            combining(
                 triton_forward.combine_kernel,
                 {"part_out": part_out, "part_lse": part_lse, "out": out, "lse": lse},
                 {
@@ -232,12 +233,12 @@ def forward_launches(
     return launches
 
 
-def _combining(
+def combining(
     kernel: Any,
     tensors: Mapping[str, Tensor | None],
     sizes: Mapping[str, int],
     plan: Schedule,
-    owners: _Owners,
+    owners: Owners,
     layout: BlockLayout,
     dim: int,
     names: Mapping[str, str] | None = None,
@@ -288,9 +289,17 @@ def tile_grad_parts(layout: BlockLayout) -> int:
 
 
 def delta_launch(
-    grad_out: Tensor, out: Tensor, lse: Tensor, grad_lse: Tensor | None, lse2: Tensor, delta: Tensor
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    lse2: Tensor,
+    delta: Tensor,
+    row_counter: Tensor | None = None,
+    column_counter: Tensor | None = None,
 ) -> Launch:
-    """The launch that fills ``lse2`` and ``delta``, fp32 ``[B, H, Nq]``; the LSEs are contiguous fp32."""
+    """The launch that fills ``lse2`` and ``delta``, fp32 ``[B, H, ≥ Nq]``, and sets the counters to 0; the
+    LSEs are contiguous fp32."""
     batch, heads, q_len, dim = out.shape
     height = 64 if dim <= 128 else 32
     arguments = {
@@ -300,10 +309,13 @@ def delta_launch(
         "grad_lse": grad_lse,
         "lse2": lse2,
         "delta": delta,
+        "row_counter": row_counter,
+        "column_counter": column_counter,
         **strides_of("g", grad_out, "bhn"),
         **strides_of("o", out, "bhn"),
         "heads": heads,
         "q_len": q_len,
+        "pitch": lse2.shape[2],
         "D": dim,
         "BLOCK_D": padded_dim(dim),
         "M": height,
@@ -343,10 +355,10 @@ def backward_launches(
         column_dk, column_dv = (
             q.new_empty((q.shape[0], out_heads, *k.shape[2:]), dtype=torch.float32) for _ in range(2)
         )
-    row_owners = _Owners.of(layout, q.shape[0], heads)
-    column_owners = _Owners.of(layout, q.shape[0], out_heads)
-    rows = _scheduled(layout, "rows", row_owners, target)
-    columns = _scheduled(layout, "columns", column_owners, target)
+    row_owners = Owners.of(layout, q.shape[0], heads)
+    column_owners = Owners.of(layout, q.shape[0], out_heads)
+    rows = scheduled(layout, "rows", row_owners, target)
+    columns = scheduled(layout, "columns", column_owners, target)
     tiles = _backward_tiles(q, request, target)
     lse2, delta = (torch.empty_like(lse) for _ in range(2))
     row_slots = rows.slots * row_owners.reps * layout.block_q
@@ -376,7 +388,7 @@ def backward_launches(
         "q_blocks": layout.q_blocks,
         "k_blocks": layout.k_blocks,
         "scale": float(request.scale),
-        "scale2": request.scale * _LOG2E,
+        "scale2": request.scale * LOG2E,
         "ROWS_M": tiles.rows[0],
         "ROWS_N": tiles.rows[1],
         "COLUMNS_M": tiles.columns[0],
@@ -405,14 +417,14 @@ def backward_launches(
             tensors = {"parts": part, "out": into}
             called = {"parts": f"part_{name}", "out": names.get(f"{name}_out", f"{name}_out")}
             launches.append(
-                _combining(triton_backward.sum_kernel, tensors, sizes, plan, owners, layout, dim, called)
+                combining(triton_backward.sum_kernel, tensors, sizes, plan, owners, layout, dim, called)
             )
     if names:
-        launches.append(_group_sum(column_dk, column_dv, dk, dv))
+        launches.append(group_sum(column_dk, column_dv, dk, dv))
     return launches
 
 
-def _group_sum(members_dk: Tensor, members_dv: Tensor, dk: Tensor, dv: Tensor) -> Launch:
+def group_sum(members_dk: Tensor, members_dv: Tensor, dk: Tensor, dv: Tensor) -> Launch:
     """The launch that sums ``[B, H, Nk, D]`` over the heads of each group into ``[B, Hkv, Nk, D]``."""
     batch, kv_heads, k_len, dim = dk.shape
     arguments = {

@@ -29,8 +29,13 @@ _OF_LAYOUT = frozenset(
     ("masks", "splits", *(side + name for side in ("", "row_", "column_") for name in _OF_SCHEDULE))
 )
 _SCRATCH = frozenset(
-    ("part_out", "part_lse", "part_dk", "part_dv", "part_dq", "members_dk", "members_dv", "lse2", "delta")
+    (
+        *("part_out", "part_lse", "part_dk", "part_dv", "part_dq", "members_dk", "members_dv"),
+        *("lse2", "delta", "row_counter", "column_counter"),
+    )
 )
+_COUNTER = "counter"
+"""The scratch that is to hold a zero of int32 when the first kernel starts."""
 
 
 def current_stream(device: torch.device) -> int:
@@ -51,13 +56,31 @@ class Recordings(dict[object, "Recording"]):
         self[key] = recording
 
 
+class Described:
+    """A tensor that a kernel reads through a TMA descriptor, as Triton's launcher wants to see it: sizes and
+    strides that were recorded, and the memory of one call."""
+
+    __slots__ = ("base", "padding", "pointer", "round_f32_to_tf32", "shape", "strides")
+
+    def __init__(self, like: Any, pointer: int) -> None:
+        self.base = self
+        self.shape, self.strides = like.shape, like.strides
+        self.padding, self.round_f32_to_tf32 = like.padding, getattr(like, "round_f32_to_tf32", False)
+        self.pointer = pointer
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One compiled kernel on its grid, its arguments in order, and which of them every call brings anew."""
+    """One compiled kernel on its grid, its arguments in order, and which of them every call brings anew:
+    ``places`` as pointers, ``described`` behind a descriptor."""
 
     start: Callable[..., object]
     arguments: list[Any]
     places: tuple[tuple[int, int], ...]
+    described: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +91,14 @@ class Recording:
         steps: in the order in which they run.
         offsets: where each scratch buffer begins in the one that ``play`` allocates, in bytes.
         scratch: its size in bytes.
+        counted: whether a counter of int32, zero at the start, is the last pointer.
         kept: the layout's tensors, whose pointers stand among the arguments.
     """
 
     steps: tuple[Step, ...]
     offsets: tuple[int, ...]
     scratch: int
+    counted: bool
     kept: tuple[Tensor, ...]
 
     def play(self, pointers: list[int], device: torch.device) -> None:
@@ -83,12 +108,17 @@ class Recording:
             buffer = torch.empty(self.scratch, dtype=torch.uint8, device=device)
             first = buffer.data_ptr()
             pointers = pointers + [first + offset for offset in self.offsets]
+        if self.counted:
+            counter = torch.zeros(1, dtype=torch.int32, device=device)
+            pointers = [*pointers, counter.data_ptr()]
         # Asked once, and straight: Triton asks at every start, for the current device too.
         stream = current_stream(device)
         for step in self.steps:
             arguments = step.arguments.copy()
             for place, source in step.places:
                 arguments[place] = pointers[source]
+            for place, source in step.described:
+                arguments[place] = Described(arguments[place], pointers[source])
             step.start(*arguments, stream=stream)
 
 
@@ -131,7 +161,7 @@ def record(launches: Sequence[Launch], names: Sequence[str]) -> Recording | None
     offsets: list[int] = []
     kept: list[Tensor] = []
     steps: list[Step] = []
-    scratch, recorded = 0, True
+    scratch, counted, recorded = 0, False, True
     for launch in launches:
         if not launch.programs:
             continue
@@ -141,20 +171,28 @@ def record(launches: Sequence[Launch], names: Sequence[str]) -> Recording | None
             continue
         arguments: list[Any] = []
         places: list[tuple[int, int]] = []
+        described: list[tuple[int, int]] = []
         for position, parameter in enumerate(launch.kernel.arg_names):
             value = launch.arguments[parameter]
-            if isinstance(value, Tensor):
+            descriptor = None if isinstance(value, Tensor) or not hasattr(value, "block_shape") else value
+            tensor = value if descriptor is None else descriptor.base
+            if isinstance(tensor, Tensor):
                 name = launch.names.get(parameter, parameter)
                 if name in _OF_LAYOUT:
-                    kept.append(value)
-                    value = value.data_ptr()
+                    kept.append(tensor)
+                    value = tensor.data_ptr()
                 else:
-                    if name in _SCRATCH and name not in sources:
+                    if name == _COUNTER:
+                        counted = True
+                        sources[name] = -1
+                    elif name in _SCRATCH and name not in sources:
                         sources[name] = len(names) + len(offsets)
                         offsets.append(scratch)
-                        scratch += -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT
-                    places.append((position, sources[name]))
-                    value = None
+                        scratch += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+                    (places if descriptor is None else described).append((position, sources[name]))
+                    value = None if descriptor is None else Described(descriptor, 0)
             arguments.append(value)
-        steps.append(Step(compiled[launch.programs, 1, 1], arguments, tuple(places)))
-    return Recording(tuple(steps), tuple(offsets), scratch, tuple(kept)) if recorded else None
+        steps.append(Step(compiled[launch.programs, 1, 1], arguments, tuple(places), tuple(described)))
+    if not recorded:
+        return None
+    return Recording(tuple(steps), tuple(offsets), scratch, counted, tuple(kept))

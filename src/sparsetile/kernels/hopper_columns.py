@@ -1,0 +1,287 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,operator,assignment"
+"""Backward on Hopper, dK and dV: programs own key tiles and walk the query tiles that attend them.
+
+Sᵀ = K·Qᵀ, dPᵀ = V·dOᵀ, dV = Σ Pᵀ·dO, dK = scale·Σ dSᵀ·Q, M queries a step: Pᵀ and dSᵀ stay in registers as
+left operands. The LSE and δ of a step's queries come by bulk copy beside Q and dO; past the end they are
+zeros as dO is, so that no mask is needed there.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sparsetile.kernels.hopper_tiles import (
+    LOG2E,
+    ROWS,
+    allowed,
+    barriers,
+    field,
+    item_at,
+    note_down,
+    noted,
+    tell,
+    tell_end,
+    told,
+)
+
+
+# fmt: off
+@gluon.jit
+def producer(
+    tensors, walk, bias, buffers, signals,
+    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
+    MEMBERS: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
+):
+    # fmt: on
+    q, grad_out, k, v, lse2, delta = tensors
+    counter, items, others, counts = walk
+    item_count, first_count, reps, heads, layout_heads, group, blocks, works = counts
+    tile_bias, edges, st_b, st_h = bias
+    q_s, g_s, k_s, v_s, lse_s, delta_s, _, info_s, edge_s, bias_s = buffers
+    kv_full, kv_free, q_full, q_free, g_full, g_free = signals
+    STEPS: gl.constexpr = BLOCK_Q // M
+    steps = 0
+    turn = 0
+    work = gl.atomic_add(counter, 1)
+    more = work < works
+    while more:
+        # Heads here are those of the result: a query head each, or as many as key heads.
+        row, start, full_end, end, slot, batch, head, block, rep = item_at(
+            work, items, item_count, first_count, reps, heads, layout_heads, blocks,
+            BATCH_SHARED, HEADS_SHARED,
+        )  # fmt: skip
+        work = gl.atomic_add(counter, 1)
+        more = work < works
+        if row >= 0:
+            full = kv_full.index(0)
+            mbarrier.wait(kv_free.index(0), (turn & 1) ^ 1)
+            tell(info_s.index(0), batch, head, block, start, full_end, end, slot, rep)
+            mbarrier.expect(full, BLOCK_K * D * 4)
+            kv_head = head * MEMBERS // group
+            for c in gl.static_range(BLOCK_K // ROWS):
+                at = [batch, kv_head, block * BLOCK_K + c * ROWS, 0]
+                tma.async_copy_global_to_shared(k, at, full, k_s.index(c))
+                tma.async_copy_global_to_shared(v, at, full, v_s.index(c))
+            for member in range(MEMBERS):
+                q_head = head * MEMBERS + member
+                for step in range(start * STEPS, end * STEPS):
+                    query0 = gl.load(others + step // STEPS).to(gl.int32) * BLOCK_Q + (step % STEPS) * M
+                    tile_at = [batch, q_head, query0, 0]
+                    line_at = [batch, q_head, query0]
+                    stage = steps % STAGES
+                    phase = ((steps // STAGES) & 1) ^ 1
+                    mbarrier.wait(q_free.index(stage), phase)
+                    if tile_bias is not None:
+                        own = tile_bias + batch.to(gl.int64) * st_b + q_head.to(gl.int64) * st_h
+                        note_down(edge_s, bias_s, stage, own, edges, step // STEPS)
+                    full = q_full.index(stage)
+                    mbarrier.expect(full, M * D * 2 + M * 4)
+                    tma.async_copy_global_to_shared(q, tile_at, full, q_s.index(stage))
+                    tma.async_copy_global_to_shared(lse2, line_at, full, lse_s.index(stage))
+                    mbarrier.wait(g_free.index(stage), phase)
+                    full = g_full.index(stage)
+                    mbarrier.expect(full, M * D * 2 + M * 4)
+                    tma.async_copy_global_to_shared(grad_out, tile_at, full, g_s.index(stage))
+                    tma.async_copy_global_to_shared(delta, line_at, full, delta_s.index(stage))
+                    steps += 1
+            turn += 1
+    mbarrier.wait(kv_free.index(0), (turn & 1) ^ 1)
+    tell_end(info_s.index(0))
+    mbarrier.arrive(kv_full.index(0), count=1)
+
+
+# fmt: off
+@gluon.jit
+def masked(s, entry, full_end, mask_ids, masks, first_key, first_query,
+           BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr, S: gl.constexpr):
+    # fmt: on
+    """Scores ``[ROWS keys, M queries]`` with −inf where a partial tile forbids the pair."""
+    if entry >= full_end:
+        keys = first_key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+        queries = first_query + gl.arange(0, M, layout=gl.SliceLayout(0, S))
+        bits = allowed(masks, gl.load(mask_ids + entry), queries[None, :], keys[:, None], BLOCK_Q, BLOCK_K)
+        s = gl.where(bits != 0, s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def store_wide(dk_to, dv_to, at, dk, dv, rows_left, O: gl.constexpr):
+    """Stores fp32 dk and dv from row ``at`` of buffers as wide as they are, as far as rows are left."""
+    rows = gl.arange(0, dk.shape[0], layout=gl.SliceLayout(1, O))[:, None]
+    dims = gl.arange(0, dk.shape[1], layout=gl.SliceLayout(0, O))[None, :]
+    offsets = at * dk.shape[1] + rows * dk.shape[1] + dims
+    gl.store(dk_to + offsets, dk, mask=(rows < rows_left) & (dims >= 0))
+    gl.store(dv_to + offsets, dv, mask=(rows < rows_left) & (dims >= 0))
+
+
+# fmt: off
+@gluon.jit
+def consumer(
+    C: gl.constexpr, tensors, bias, buffers, signals,
+    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
+    MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
+):
+    # fmt: on
+    dk_out, dv_out, part_dk, part_dv, members_dk, members_dv = tensors[:6]
+    mask_ids, masks, heads, reps, k_len, scale, scale2 = tensors[6:]
+    tile_bias = bias[0]
+    q_s, g_s, k_s, v_s, lse_s, delta_s, o_s, info_s, _, bias_s = buffers
+    kv_full, kv_free, q_full, q_free, g_full, g_free = signals
+    STEPS: gl.constexpr = BLOCK_Q // M
+    kind: gl.constexpr = q_s.dtype
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    zero = gl.zeros([ROWS, M], gl.float32, S)
+    steps = 0
+    turn = 0
+    mbarrier.wait(kv_full.index(0), 0)
+    line = told(info_s.index(0))
+    more = field(line, 0) >= 0
+    while more:
+        line = told(info_s.index(0))
+        start = field(line, 3)
+        full_end = field(line, 4)
+        end = field(line, 5)
+        dk = gl.zeros([ROWS, D], gl.float32, O)
+        dv = gl.zeros([ROWS, D], gl.float32, O)
+        for _member in range(MEMBERS):
+            for step in range(start * STEPS, end * STEPS):
+                stage = steps % STAGES
+                phase = (steps // STAGES) & 1
+                # No compiler knows this to be C: descriptors of k and v are not hoisted, and spilled.
+                mine = C + (step >> 30)
+                k = k_s.index(mine).reshape([ROWS, D])
+                v = v_s.index(mine).reshape([ROWS, D])
+                mbarrier.wait(q_full.index(stage), phase)
+                q = q_s.index(stage).reshape([M, D])
+                s_token = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+                mbarrier.wait(g_full.index(stage), phase)
+                g = g_s.index(stage).reshape([M, D])
+                d_token = warpgroup_mma(v, g.permute((1, 0)), zero, use_acc=False, is_async=True)
+                s = warpgroup_mma_wait(1, deps=[s_token])
+                lse_row = lse_s.index(stage).reshape([M]).load(gl.SliceLayout(0, S))
+                if PARTIAL:
+                    first = (step % STEPS) * M
+                    s = masked(
+                        s, step // STEPS, full_end, mask_ids, masks, C * ROWS, first, BLOCK_Q, BLOCK_K, M, S
+                    )
+                if tile_bias is not None:
+                    p = gl.exp2(s * scale2 - (lse_row - noted(bias_s, stage) * LOG2E)[None, :])
+                else:
+                    p = gl.exp2(s * scale2 - lse_row[None, :])
+                p_left = gl.convert_layout(p.to(kind), P)
+                # Over at once: ptxas cannot move the wait for dP above the exponentials.
+                mbarrier.wait(g_full.index(stage), phase)
+                delta_row = delta_s.index(stage).reshape([M]).load(gl.SliceLayout(0, S))
+                d = warpgroup_mma_wait(0, deps=[d_token])
+                dv_token = warpgroup_mma(p_left, g, dv, is_async=True)
+                ds = gl.convert_layout((p * (d - delta_row[None, :])).to(kind), P)
+                dk_token = warpgroup_mma(ds, q, dk, is_async=True)
+                dv, p_left = warpgroup_mma_wait(1, deps=[dv_token, p_left])
+                mbarrier.arrive(g_free.index(stage), count=1)
+                dk, ds = warpgroup_mma_wait(0, deps=[dk_token, ds])
+                mbarrier.arrive(q_free.index(stage), count=1)
+                steps += 1
+        # Read again rather than held in registers meanwhile.
+        line = told(info_s.index(0))
+        batch = field(line, 0)
+        head = field(line, 1)
+        key0 = field(line, 2) * BLOCK_K + C * ROWS
+        slot = field(line, 6)
+        rep = field(line, 7)
+        mbarrier.arrive(kv_free.index(0), count=1)
+        dk = dk * scale
+        whole = True
+        if part_dk is not None:
+            if slot >= 0:
+                whole = False
+                at = (slot.to(gl.int64) * reps + rep) * BLOCK_K + C * ROWS
+                store_wide(part_dk, part_dv, at, dk, dv, ROWS, O)
+        if whole:
+            if members_dk is not None:
+                at = (batch * heads + head).to(gl.int64) * k_len + key0
+                store_wide(members_dk, members_dv, at, dk, dv, k_len - key0, O)
+            else:
+                mine = o_s.index(C).reshape([ROWS, D])
+                tma.store_wait(0)
+                mine.store(dv.to(kind))
+                fence_async_shared()
+                tma.async_copy_shared_to_global(dv_out, [batch, head, key0, 0], o_s.index(C))
+                tma.store_wait(0)
+                mine.store(dk.to(kind))
+                fence_async_shared()
+                tma.async_copy_shared_to_global(dk_out, [batch, head, key0, 0], o_s.index(C))
+        turn += 1
+        mbarrier.wait(kv_full.index(0), turn & 1)
+        line = told(info_s.index(0))
+        more = field(line, 0) >= 0
+    tma.store_wait(0)
+
+
+# fmt: off
+@gluon.jit
+def columns_kernel(
+    q, grad_out, k, v, lse2, delta, dk_out, dv_out, part_dk, part_dv, members_dk, members_dv,
+    tile_bias, edges, counter, items, others, mask_ids, masks, st_b, st_h, item_count, first_count, reps,
+    heads, layout_heads, group, k_len, k_blocks, works, scale, scale2,
+    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
+    MEMBERS: gl.constexpr, PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
+    REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):
+    # fmt: on
+    """Items are columns of the layout. q, grad_out, k, v, dk_out and dv_out are TMA descriptors of
+    ``[B, H, N, D]``, lse2 and delta of ``[B, H, Nq]``. Given members_dk and members_dv (fp32
+    ``[B, H, Nk, D]``), those are filled instead: each query head's share."""
+    CONSUMERS: gl.constexpr = BLOCK_K // ROWS
+    kind: gl.constexpr = q.dtype
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    buffers = (
+        gl.allocate_shared_memory(kind, [STAGES, 1, 1, M, D], q.layout),
+        gl.allocate_shared_memory(kind, [STAGES, 1, 1, M, D], grad_out.layout),
+        gl.allocate_shared_memory(kind, [CONSUMERS, 1, 1, ROWS, D], k.layout),
+        gl.allocate_shared_memory(kind, [CONSUMERS, 1, 1, ROWS, D], v.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, M], lse2.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, M], delta.layout),
+        gl.allocate_shared_memory(kind, [CONSUMERS, 1, 1, ROWS, D], dk_out.layout),
+        gl.allocate_shared_memory(gl.int32, [1, 8], flat),
+        gl.allocate_shared_memory(gl.int32, [STAGES, 1], flat),
+        gl.allocate_shared_memory(gl.float32, [STAGES, 1], flat),
+    )
+    kv_full, kv_free = barriers(1, CONSUMERS)
+    q_full, q_free = barriers(STAGES, CONSUMERS)
+    g_full, g_free = barriers(STAGES, CONSUMERS)
+    signals = (kv_full, kv_free, q_full, q_free, g_full, g_free)
+    fence_async_shared()
+    loads = (q, grad_out, k, v, lse2, delta)
+    counts = (item_count, first_count, reps, heads, layout_heads, group, k_blocks, works)
+    walk = (counter, items, others, counts)
+    bias = (tile_bias, edges, st_b, st_h)
+    stores = (
+        dk_out, dv_out, part_dk, part_dv, members_dk, members_dv,
+        mask_ids, masks, heads, reps, k_len, scale, scale2,
+    )  # fmt: skip
+    # fmt: off
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (consumer, (gl.constexpr(0), stores, bias, buffers, signals,
+                        D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
+            (consumer, (gl.constexpr(1), stores, bias, buffers, signals,
+                        D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
+            (producer, (loads, walk, bias, buffers, signals,
+                        D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, BATCH_SHARED, HEADS_SHARED)),
+        ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
+    else:
+        gl.warp_specialize([
+            (consumer, (gl.constexpr(0), stores, bias, buffers, signals,
+                        D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
+            (producer, (loads, walk, bias, buffers, signals,
+                        D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, BATCH_SHARED, HEADS_SHARED)),
+        ], [1], [PRODUCER_REGISTERS])
+    # fmt: on

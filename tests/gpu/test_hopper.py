@@ -1,0 +1,107 @@
+"""The Hopper backend on its GPU: all cells of ``gradient_matrix.py``, and what an emulator cannot show."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import sparsetile as st
+from gpu.gradient_matrix import SERVED, cell
+from oracle import Case, random_case, run
+from sparsetile.kernels import hopper_backend, triton_backend
+from sparsetile.kernels.request import Request
+from sparsetile.layout.blocks import BlockLayout
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="needs a Hopper GPU",
+    ),
+]
+
+ASKED = {"tile_bias_grad": False, "attn_bias_grad": False}
+
+
+@pytest.mark.parametrize(("head_dim", "dtype", "block", "feature"), itertools.product(*SERVED["hopper"]))
+def test_cells(head_dim: int, dtype: str, block: int, feature: str) -> None:
+    result = cell(head_dim, dtype, block, feature, name="hopper")
+    assert result["passed"], result
+
+
+def test_auto_chooses_it() -> None:
+    x = torch.randn(1, 2, 512, 64, device="cuda", dtype=torch.bfloat16)
+    got = st.sparse_attention(x, x, x, st.Local(100))
+    assert torch.equal(got, st.sparse_attention(x, x, x, st.Local(100), backend="hopper"))
+    padding = torch.zeros(1, 512, dtype=torch.bool, device="cuda")
+    with pytest.raises(st.BackendError, match="no key padding"):
+        st.sparse_attention(x, x, x, st.Local(100), key_padding_mask=padding, backend="hopper")
+
+
+def by_pattern(head_dim: int, block: int, pattern: st.Pattern, length: int, **sizes: int) -> Case:
+    layout = BlockLayout.from_pattern(pattern, q_len=length, k_len=length, block_size=block, device="cuda")
+    return case_on(layout, head_dim, **sizes)
+
+
+def case_on(layout: BlockLayout, head_dim: int, heads: int = 4, batch: int = 1) -> Case:
+    case = random_case(block=layout.block_q, head_dim=head_dim, dtype=torch.bfloat16, q_len=8, device="cuda")
+    make = lambda n: torch.randn(batch, heads, n, head_dim, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    q, k, v, grad = make(layout.q_len), make(layout.k_len), make(layout.k_len), make(layout.q_len)
+    return Case(**{**case.__dict__, "q": q, "k": k, "v": v, "grad_out": grad, "layout": layout})
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("block", [64, 128])
+def test_rows_of_all_lengths_agree_with_the_triton_backend(head_dim: int, block: int) -> None:
+    """Many items a program, of many lengths, split and not, and again: the same bits."""
+    pattern = (st.Local(150) | st.Global(70) | st.Random(0.03)) & st.Causal()
+    case = by_pattern(head_dim, block, pattern, 12_000)
+    got, expected = run(hopper_backend, case), run(triton_backend, case)
+    for name in got:
+        error = (got[name].double() - expected[name].double()).norm() / expected[name].double().norm()
+        assert error < 4e-3, (name, error)
+    for _ in range(25):
+        again = run(hopper_backend, case)
+        for name in got:
+            assert torch.equal(again[name], got[name]), name
+
+
+def test_recorded_launches_answer_for_their_own_tensors() -> None:
+    layout = BlockLayout.from_pattern(st.Local(300), q_len=1111, block_size=64, device="cuda")
+    for _ in range(4):
+        case = case_on(layout, 64)
+        got, expected = run(hopper_backend, case), run(triton_backend, case)
+        for name in got:
+            assert (got[name].double() - expected[name].double()).norm() < 4e-3 * expected[
+                name
+            ].double().norm()
+
+
+def test_a_graph_replays_forward_and_backward() -> None:
+    case = by_pattern(64, 128, st.Local(300) & st.Causal(), 3000)
+    eager = run(hopper_backend, case)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(hopper_backend, case)
+    for _ in range(3):
+        for x in captured.values():
+            x.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        for name in eager:
+            assert torch.equal(captured[name], eager[name]), name
+
+
+def test_a_layout_made_on_the_device_needs_no_sync() -> None:
+    q = torch.randn(1, 4, 1024, 64, device="cuda", dtype=torch.bfloat16)
+    chosen = torch.randint(0, 8, (1, 4, 8, 3), device="cuda")
+    hopper_backend.forward(q, q, q, Request(BlockLayout.from_topk(chosen, 1024), 0.125))  # compiles
+    fresh = Request(BlockLayout.from_topk(chosen, 1024), 0.125)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, lse = hopper_backend.forward(q, q, q, fresh)
+        hopper_backend.backward(q, None, q, q, q, out, lse, fresh, **ASKED)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,161 @@
+"""The kernels for Hopper in an emulator, on the CPU: output and gradients against the float64 oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from gluon_on_cpu import emulated
+from gpu.gradient_matrix import RATIO, dense_answers
+from oracle import FLOOR, Case, random_case, relative_error, run, spread_error
+from sparsetile.kernels import hopper_backend, hopper_columns, hopper_forward, hopper_rows, hopper_tiles
+from sparsetile.kernels.triton_config import Target, override
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="with a GPU, tests/gpu runs the real kernels"
+)
+
+
+@pytest.fixture(autouse=True)
+def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(hopper_backend, "device_problem", lambda device: None)
+    with emulated(hopper_tiles, hopper_forward, hopper_rows, hopper_columns):
+        yield
+
+
+def check(backend: object, case: Case) -> None:
+    """Asserts that the summed errors are at most 1.2 times those of dense attention written out in the case's
+    dtype, which rounds the weights as tensor cores want them, or one rounding; the log-sum-exp's as fp32."""
+    expected, got, dense = case.expected(), run(backend, case), dense_answers(case, fused=False)
+    assert relative_error(got["lse"], expected.pop("lse")) <= FLOOR[torch.float32], case.describe()
+    for name, exact in expected.items():
+        assert got[name].shape == exact.shape
+        error, rival = (spread_error(x[name], exact, case.unit(name)) for x in (got, dense))
+        limit = max(RATIO * rival, FLOOR[case.q.dtype] / 2)
+        assert error <= limit, f"{name}: {error:.3g} above {limit:.3g}; {case.describe()}"
+
+
+def case_of(block: int, head_dim: int, features: set[str] = frozenset(), **sizes: Any) -> Case:
+    sizes = {"q_len": 2 * block - 9, "k_len": 2 * block + 5, "batch": 1, "heads": 2, **sizes}
+    dtype = sizes.pop("dtype", torch.bfloat16)
+    return random_case(block=block, head_dim=head_dim, dtype=dtype, features=features, **sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("block", [64, 128])
+def test_output_and_gradients(block: int, head_dim: int, dtype: torch.dtype) -> None:
+    check(hopper_backend, case_of(block, head_dim, {"strided"}, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"lse", "tile_bias"},
+        {"gqa", "per_head"},
+        {"per_batch", "tile_bias", "lse"},
+        {"per_batch", "per_head", "gqa", "tile_bias", "lse", "strided"},
+    ],
+    ids=lambda features: "+".join(sorted(features)),
+)
+def test_features(features: set[str]) -> None:
+    # fp16: parts are summed by kernels of the interpreter, which cuts bits off where a GPU rounds to bf16.
+    heads = 4 if "gqa" in features else 2
+    check(hopper_backend, case_of(64, 64, features, batch=2, heads=heads, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_tile_bias_at_the_larger_tile(head_dim: int) -> None:
+    check(hopper_backend, case_of(128, head_dim, {"tile_bias", "lse"}, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("features", [{"gqa", "tile_bias"}, {"per_head", "lse"}, {"per_batch"}])
+def test_split_rows_and_columns(block: int, features: set[str]) -> None:
+    case = case_of(block, 64, features, q_len=3 * block - 1, dtype=torch.float16)
+    with override(chunk=1):
+        check(hopper_backend, case)
+
+
+def test_group_summed_inside_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few multiprocessors a column walks all query heads of a key head."""
+    monkeypatch.setattr(hopper_backend, "target_of", lambda device: Target("hopper", 1))
+    check(hopper_backend, case_of(64, 64, {"tile_bias"}, heads=4, key_heads=2))
+    check(hopper_backend, case_of(64, 128, heads=4, key_heads=1, k_len=300))
+
+
+def test_empty_rows_columns_and_layouts() -> None:
+    case = case_of(64, 64, q_len=200, k_len=260, dtype=torch.float16)
+    for mask in (torch.zeros_like(case.mask), case.mask & (torch.arange(260) // 64 == 2)):
+        check(hopper_backend, random_case_of(case, mask))
+
+
+def random_case_of(case: Case, mask: torch.Tensor) -> Case:
+    sizes = {"block": case.block, "head_dim": case.q.shape[3], "dtype": case.q.dtype, "mask": mask}
+    return random_case(q_len=mask.shape[2], k_len=mask.shape[3], batch=1, heads=2, **sizes)
+
+
+def test_tile_bias_of_minus_infinity() -> None:
+    """Such a tile is as good as not kept."""
+    case = case_of(64, 64, {"tile_bias"}, q_len=200, dtype=torch.float16)
+    assert case.tile_bias is not None
+    forbidden = torch.rand_like(case.tile_bias) < 0.5
+    check(hopper_backend, replace(case, tile_bias=case.tile_bias.masked_fill(forbidden, -torch.inf)))
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    case = case_of(64, 64, {"gqa", "tile_bias", "lse"}, q_len=300, heads=4)
+    first, second = run(hopper_backend, case), run(hopper_backend, case)
+    for name in first:
+        assert torch.equal(first[name], second[name]), (name, case.describe())
+
+
+def test_a_gradient_without_strides_is_copied() -> None:
+    """As the backward of a sum makes it."""
+    case = case_of(64, 64, dtype=torch.float16)
+    ones = torch.ones((), dtype=case.q.dtype).expand(case.q.shape)
+    check(hopper_backend, replace(case, grad_out=ones))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"head_dim": 96}, "head_dim 64 and 128, not 96"),
+        ({"dtype": torch.float32}, "fp16 and bf16, not torch.float32"),
+        ({"block": 32}, "not 32×32"),
+        ({"features": {"dropout"}}, "no dropout"),
+        ({"features": {"padding"}}, "no key padding"),
+        ({"features": {"attn_bias"}}, "no dense bias"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_is_left_to_other_backends(change: dict[str, Any], reason: str) -> None:
+    given = {"block": 64, "head_dim": 64, **change}
+    case = case_of(given.pop("block"), given.pop("head_dim"), given.pop("features", set()), **given)
+    assert reason in (hopper_backend.why_not(case.q, case.k, case.v, case.request()) or "")
+
+
+def test_scales_and_strides_that_are_not_served() -> None:
+    case = case_of(64, 64, {"strided"})
+    q, k, v = case.q, case.k, case.v
+    for scale in (0.0, -1.0):
+        assert "scale above 0" in hopper_backend.why_not(q, k, v, replace(case, scale=scale).request())
+    odd = torch.empty(k.numel() + 1, dtype=k.dtype)[1:].view(k.shape)
+    wide = torch.empty(*k.shape[:3], 65, dtype=k.dtype)[..., :64]
+    for other in (odd, wide, k[:, :1].expand(k.shape)):
+        assert "multiples of 16 bytes" in hopper_backend.why_not(q, other, v, case.request())
+        assert "multiples of 16 bytes" in hopper_backend.why_not(q, k, other, case.request())
+    one = k[:, :1, :1].as_strided((1, 1, 1, 64), (3, 5, 7, 1))
+    assert hopper_backend.why_not(one, one, one, case.request()) is None
+
+
+def test_it_says_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    case = case_of(64, 64)
+    assert "compute capability 9.0" in hopper_backend.why_not(case.q, case.k, case.v, case.request())
