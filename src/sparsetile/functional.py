@@ -115,7 +115,8 @@ def sparse_attention(
         block_size: tile edge in tokens (or (query, key) edges) for the layout of a Pattern: 16, 32, 64, 128.
         enable_gqa: allow fewer key-value heads than query heads (query head h reads ``h // (H // Hkv)``).
         deterministic: require gradients that are bitwise equal run to run. Every backend meets this today.
-        backend: ``"auto"``, ``"hopper"``, ``"triton"``, ``"cpu"`` or ``"reference"``. A named backend serves or raises.
+        backend: ``"auto"``, ``"hopper"``, ``"triton"``, ``"cpu"`` or ``"reference"``. A named backend serves
+            or raises.
         return_lse: also return the natural log-sum-exp ``[B, H, Nq]``, differentiable, for
             :func:`merge_attention`.
 
