@@ -10,9 +10,11 @@ import torch
 import sparsetile as st
 from gpu.gradient_matrix import SERVED, cell
 from oracle import Case, random_case, run
+from sparsetile.errors import BackendError
 from sparsetile.kernels import hopper_backend, triton_backend
 from sparsetile.kernels.request import Request
 from sparsetile.layout.blocks import BlockLayout
+from sparsetile.patterns.base import Pattern
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,11 +38,11 @@ def test_auto_chooses_it() -> None:
     got = st.sparse_attention(x, x, x, st.Local(100))
     assert torch.equal(got, st.sparse_attention(x, x, x, st.Local(100), backend="hopper"))
     padding = torch.zeros(1, 512, dtype=torch.bool, device="cuda")
-    with pytest.raises(st.BackendError, match="no key padding"):
+    with pytest.raises(BackendError, match="no key padding"):
         st.sparse_attention(x, x, x, st.Local(100), key_padding_mask=padding, backend="hopper")
 
 
-def by_pattern(head_dim: int, block: int, pattern: st.Pattern, length: int, **sizes: int) -> Case:
+def by_pattern(head_dim: int, block: int, pattern: Pattern, length: int, **sizes: int) -> Case:
     layout = BlockLayout.from_pattern(pattern, q_len=length, k_len=length, block_size=block, device="cuda")
     return case_on(layout, head_dim, **sizes)
 
