@@ -13,6 +13,7 @@ import pickle
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -248,3 +249,64 @@ def test_the_interpreter_records_nothing() -> None:
     case = random_case(block=16, q_len=20, batch=1, heads=2, head_dim=16)
     run(triton_backend, case)
     assert not recordings_of(case.layout)
+
+
+class Described:
+    """A compiled kernel with a launcher that takes descriptors apart as Triton's own does."""
+
+    def __init__(self, seen: list[list[Any]]) -> None:
+        from triton.backends.nvidia import driver
+
+        # Triton 3.6 hands a kernel's arguments over behind so many others, 3.7 as one tuple.
+        self.others: int = getattr(driver, "_BASE_ARGS_FORMAT_LEN", 0)
+        signature = {0: "*fp32", 1: "tensordesc<bf16[1,1,64,64]>", 2: "i32", 3: "tensordesc<bf16[1,1,64,64]>"}
+
+        def raw(*arguments: Any) -> None:
+            seen.append(list(arguments[self.others :] if self.others else arguments[-1]))
+
+        self._run = SimpleNamespace(launch=driver.wrap_handle_tensordesc(raw, signature, ["first", "second"]))
+
+    run = property(lambda self: self._run)
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        if self.others:
+            return lambda *arguments, stream: self.run.launch(*[None] * self.others, *arguments)
+        return lambda *arguments, stream: self.run.launch(None, arguments)
+
+
+def test_tensors_behind_descriptors_are_mapped_once_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.backends.nvidia import driver
+
+    made: list[tuple[int, str]] = []
+
+    def make(like: Any, how: str) -> list[Any]:
+        made.append((like.base.data_ptr(), how))
+        return [("map", like.base.data_ptr(), how), *like.shape, *like.strides]
+
+    monkeypatch.setattr(driver, "make_tensordesc_arg", make)
+    monkeypatch.setattr(triton_replay, "current_stream", lambda device: _STREAM)
+    seen: list[list[Any]] = []
+    monkeypatch.setattr(Launch, "run", lambda launch: Described(seen))
+    x, out, lse = torch.zeros(8), torch.zeros(8), torch.zeros(8)
+
+    def descriptor(of: Tensor) -> Any:
+        sizes = {"shape": [1, 1, 2, 4], "strides": [8, 8, 4, 1], "padding": "zero"}
+        return SimpleNamespace(base=of, block_shape=[1, 1, 64, 64], **sizes)
+
+    arguments = {"lse": lse, "q": descriptor(x), "count": 3, "out": descriptor(out)}
+    kernel = SimpleNamespace(arg_names=list(arguments))
+    recording = triton_replay.record([Launch(kernel, 5, arguments, {})], ("q", "out", "lse"))
+    for q_at, out_at in ((64, 128), (64, 256), (192, 128)):
+        recording.play([q_at, out_at, 512], torch.device("cpu"))
+        sizes = [1, 1, 2, 4, 8, 8, 4, 1]
+        first, second = ("map", q_at, "first"), ("map", out_at, "second")
+        assert seen.pop() == [512, first, *sizes, 3, second, *sizes]
+    assert sorted(made) == [(64, "first"), (128, "second"), (192, "first"), (256, "second")]
+
+
+def test_a_launcher_that_is_not_known_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = SimpleNamespace(run=SimpleNamespace(launch=lambda *_: None))
+    monkeypatch.setattr(Launch, "run", lambda launch: compiled)
+    arguments = {"q": SimpleNamespace(base=torch.zeros(8), block_shape=[8])}
+    launch = Launch(SimpleNamespace(arg_names=["q"]), 1, arguments, {})
+    assert triton_replay.record([launch], ("q",)) is None

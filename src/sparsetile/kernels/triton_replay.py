@@ -7,6 +7,7 @@ arguments; the next one only puts its own pointers in.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,31 +57,59 @@ class Recordings(dict[object, "Recording"]):
         self[key] = recording
 
 
-class Described:
-    """A tensor that a kernel reads through a TMA descriptor, as Triton's launcher wants to see it: sizes and
-    strides that were recorded, and the memory of one call."""
+class TensorMaps(dict[int, Any]):
+    """What the hardware's copies read of a tensor, by the tensor's pointer: made once for each.
 
-    __slots__ = ("base", "padding", "pointer", "round_f32_to_tf32", "shape", "strides")
+    PyTorch's allocator hands out the same few addresses step after step, and making one takes the host 5 µs.
+    """
+
+    def __init__(self, like: Any, how: Any) -> None:
+        """``like``: Triton's TensorDescriptor of a tensor of that kind; ``how``: its layout as compiled."""
+        super().__init__()
+        self.like, self.how = like, how
+
+    def __missing__(self, pointer: int) -> Any:
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        if len(self) >= _MOST:
+            self.clear()
+        made = self[pointer] = make_tensordesc_arg(_At(self.like, pointer), self.how)[0]
+        return made
+
+
+class _At:
+    """A descriptor as Triton's launcher reads it, of a tensor that lies at ``pointer``."""
 
     def __init__(self, like: Any, pointer: int) -> None:
-        self.base = self
-        self.shape, self.strides = like.shape, like.strides
-        self.padding, self.round_f32_to_tf32 = like.padding, getattr(like, "round_f32_to_tf32", False)
-        self.pointer = pointer
+        self.base, self.data_ptr = self, lambda: pointer
+        self.shape, self.strides, self.padding = like.shape, like.strides, like.padding
+        self.round_f32_to_tf32 = False
 
-    def data_ptr(self) -> int:
-        return self.pointer
+
+def _taken_apart(compiled: Any) -> tuple[Any, list[Any]] | None:
+    """(the compiled kernel, started with tensor maps, sizes and strides in place of descriptors; the layout
+    of each). None if Triton's launcher is not what it was in 3.6 and 3.7: then nothing can be recorded."""
+    translate = compiled.run.launch
+    if getattr(translate, "__closure__", None) is None:
+        return None
+    inside = dict(zip(translate.__code__.co_freevars, translate.__closure__, strict=True))
+    if not {"launcher", "tensordesc_meta"} <= inside.keys():
+        return None
+    other, started = copy.copy(compiled), copy.copy(compiled.run)
+    started.launch = inside["launcher"].cell_contents
+    other._run = started
+    return other, list(inside["tensordesc_meta"].cell_contents)
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
     """One compiled kernel on its grid, its arguments in order, and which of them every call brings anew:
-    ``places`` as pointers, ``described`` behind a descriptor."""
+    ``places`` as pointers, ``described`` as tensor maps."""
 
     start: Callable[..., object]
     arguments: list[Any]
     places: tuple[tuple[int, int], ...]
-    described: tuple[tuple[int, int], ...]
+    described: tuple[tuple[int, int, TensorMaps], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +146,8 @@ class Recording:
             arguments = step.arguments.copy()
             for place, source in step.places:
                 arguments[place] = pointers[source]
-            for place, source in step.described:
-                arguments[place] = Described(arguments[place], pointers[source])
+            for place, source, maps in step.described:
+                arguments[place] = maps[pointers[source]]
             step.start(*arguments, stream=stream)
 
 
@@ -171,28 +200,42 @@ def record(launches: Sequence[Launch], names: Sequence[str]) -> Recording | None
             continue
         arguments: list[Any] = []
         places: list[tuple[int, int]] = []
-        described: list[tuple[int, int]] = []
-        for position, parameter in enumerate(launch.kernel.arg_names):
+        described: list[tuple[int, int, TensorMaps]] = []
+        layouts: list[Any] = []
+        if any(hasattr(value, "block_shape") for value in launch.arguments.values()):
+            apart = _taken_apart(compiled)
+            if apart is None:
+                recorded = False
+                continue
+            compiled, layouts = apart
+        for parameter in launch.kernel.arg_names:
             value = launch.arguments[parameter]
-            descriptor = None if isinstance(value, Tensor) or not hasattr(value, "block_shape") else value
+            descriptor = value if hasattr(value, "block_shape") else None
             tensor = value if descriptor is None else descriptor.base
             if isinstance(tensor, Tensor):
                 name = launch.names.get(parameter, parameter)
                 if name in _OF_LAYOUT:
                     kept.append(tensor)
-                    value = tensor.data_ptr()
+                    arguments.append(tensor.data_ptr())
+                    continue
+                if name == _COUNTER:
+                    counted = True
+                    sources[name] = -1
+                elif name in _SCRATCH and name not in sources:
+                    sources[name] = len(names) + len(offsets)
+                    offsets.append(scratch)
+                    scratch += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+                if descriptor is None:
+                    places.append((len(arguments), sources[name]))
                 else:
-                    if name == _COUNTER:
-                        counted = True
-                        sources[name] = -1
-                    elif name in _SCRATCH and name not in sources:
-                        sources[name] = len(names) + len(offsets)
-                        offsets.append(scratch)
-                        scratch += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-                    (places if descriptor is None else described).append((position, sources[name]))
-                    value = None if descriptor is None else Described(descriptor, 0)
+                    maps = TensorMaps(descriptor, layouts[len(described)])
+                    described.append((len(arguments), sources[name], maps))
+                value = None
             arguments.append(value)
-        steps.append(Step(compiled[launch.programs, 1, 1], arguments, tuple(places), tuple(described)))
+            if descriptor is not None:
+                arguments += [*descriptor.shape, *descriptor.strides]
+        start = compiled[launch.programs, 1, 1]
+        steps.append(Step(start, arguments, tuple(places), tuple(described)))
     if not recorded:
         return None
     return Recording(tuple(steps), tuple(offsets), scratch, counted, tuple(kept))
