@@ -48,6 +48,18 @@ def test_equals_masked_dense_attention_with_gradients(backend, q_len, k_len, cau
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("options", [{"memory": "auto"}, {"memory": "low"}, {"deterministic": True}], ids=str)
+def test_every_form_of_backward_equals_masked_dense_attention(options):
+    q, k, v = inputs()
+    expected = sdpa(q, k, v, dense_mask(PATTERN, 75, 75))
+    weight = torch.randn_like(expected)
+    out = st.sparse_attention(q, k, v, PATTERN, block_size=16, **options)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    want = torch.autograd.grad(expected, (q, k, v), weight)
+    for a, b in zip(torch.autograd.grad(out, (q, k, v), weight), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
 def test_scale_padding_and_biases_act():
     q, k, v = inputs()
     mask = dense_mask(PATTERN, 75, 75)
@@ -280,6 +292,26 @@ BAD = {
         lambda: st.sparse_attention(X.to_sparse(), X, X, PATTERN),
         ArgumentError,
         "query: expected a dense tensor",
+    ),
+    "unknown memory": (
+        lambda: st.sparse_attention(X, X, X, PATTERN, memory="lo"),
+        ArgumentError,
+        "memory: expected 'auto' or 'low', got 'lo'",
+    ),
+    "None for memory": (
+        lambda: st.sparse_attention(X, X, X, PATTERN, memory=None),
+        ArgumentError,
+        "memory: expected 'auto' or 'low', got None",
+    ),
+    "a list for memory": (
+        lambda: st.sparse_attention(X, X, X, PATTERN, memory=["low"]),
+        ArgumentError,
+        "memory: expected",
+    ),
+    "text for deterministic": (
+        lambda: st.sparse_attention(X, X, X, PATTERN, deterministic="no"),
+        ArgumentError,
+        "deterministic: expected True or False, got 'no'",
     ),
     "scale as text": (lambda: st.sparse_attention(X, X, X, PATTERN, scale="1"), ArgumentError, "scale"),
     "padding as list": (

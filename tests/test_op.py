@@ -10,7 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import sparsetile as st
+from sparsetile.adaptive import losses
+from sparsetile.distributed import distributed_attention
 from sparsetile.errors import BackendError
+from sparsetile.kernels.select import BACKENDS
+from witness import Witness
 
 PATTERN = (st.Local(20) | st.Global(3)) & st.Causal()
 
@@ -23,7 +27,7 @@ def inputs(n=50, dtype=torch.float32):
 def test_opcheck(features):
     q, k, v = inputs()
     layout = st.BlockLayout.from_pattern(PATTERN, 50, block_size=16)
-    biases = (None, None, None, None, 0.25, 0.0)
+    biases = (None, None, None, None, 0.25, 0.0, False)
     if features == "all":
         biases = (
             torch.randn(1, 1, layout.capacity, requires_grad=True),
@@ -32,6 +36,7 @@ def test_opcheck(features):
             torch.tensor([1234567]),
             0.25,
             0.1,
+            True,
         )
     geometry = [50, 50, 16, 16, 1, 1]
     args = (q, k, v, list(layout.tensors()), "", geometry, *biases, "auto")
@@ -292,3 +297,79 @@ def test_backward_drops_what_forward_dropped():
         weight = torch.randn_like(out)
         (grad,) = torch.autograd.grad(out, v, weight)
         torch.testing.assert_close((grad * v).sum(), (out * weight).sum())
+
+
+@pytest.fixture
+def witness(monkeypatch):
+    seen = Witness()
+    monkeypatch.setitem(BACKENDS, "cpu", seen)
+    return seen
+
+
+@pytest.fixture
+def everywhere():
+    """Sets PyTorch's own flag; it is as before after the test."""
+    before = torch.are_deterministic_algorithms_enabled()
+    yield torch.use_deterministic_algorithms
+    torch.use_deterministic_algorithms(before)
+
+
+LEAN = [
+    ({}, False),
+    ({"memory": "auto", "deterministic": False}, False),
+    ({"deterministic": True}, True),
+    ({"memory": "low"}, True),
+    ({"memory": "low", "deterministic": True}, True),
+]
+
+
+@pytest.mark.parametrize(("options", "lean"), LEAN, ids=str)
+@pytest.mark.parametrize("form", ["layout", "pattern"])
+@pytest.mark.parametrize("way", ["plain", "create_graph", "dispatcher", "compiled"])
+def test_what_a_caller_asks_of_backward_reaches_the_backend(witness, everywhere, way, form, options, lean):
+    q, k, v = inputs()
+    argument = st.BlockLayout.from_pattern(PATTERN, 50, block_size=16) if form == "layout" else PATTERN
+
+    def run(q, k, v):
+        return st.sparse_attention(q, k, v, argument, block_size=16, **options).sin().sum()
+
+    torch._dynamo.reset()
+    call = torch.compile(run, fullgraph=True, backend="aot_eager") if way == "compiled" else run
+    # The compiled function notices that PyTorch's own flag has changed.
+    for flag in (False, True, False):
+        everywhere(flag)
+        with Recorder() if way == "dispatcher" else nullcontext():
+            torch.autograd.grad(call(q, k, v), (q, k, v), create_graph=way == "create_graph")
+        assert witness.said() == {lean or flag}
+
+
+def test_backward_does_as_its_forward_was_asked(witness, everywhere):
+    q, k, v = inputs()
+    everywhere(True)
+    out = st.sparse_attention(q, k, v, PATTERN, block_size=16)
+    everywhere(False)
+    out.sum().backward()
+    assert witness.said() == {True}
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_other_callers_follow_the_flag_of_pytorch(witness, everywhere, flag):
+    everywhere(flag)
+    q, k, v = inputs()
+    st.dilated_attention(q, k, v, [16, 50], [1, 2]).sum().backward()
+    assert witness.said() == {flag}
+    row = torch.tensor([1])
+    options = {"is_causal": True, "key_padding_mask": None, "scale": 0.25, "backend": "auto"}
+    losses.dense_mass(*(x.detach() for x in (q, k, v)), row, 16, **options)
+    assert witness.said() == {flag}
+
+
+def test_a_world_of_one_gives_the_same_bits_every_run(witness):
+    q, k, v = inputs()
+    distributed_attention(q, k, v, PATTERN, block_size=16).sum().backward()
+    assert witness.said() == {True}
+    heads_last = [x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    st.create_block_sparse_attention("distributed", sparsity_ratio=0.5)(*heads_last).sum().backward()
+    assert witness.said() == {True}
+    st.create_block_sparse_attention("base", sparsity_ratio=0.5)(*heads_last).sum().backward()
+    assert witness.said() == {False}

@@ -59,6 +59,19 @@ def check_flag(name: str, value: object) -> None:
         )
 
 
+def check_memory(memory: object) -> None:
+    """Raises ArgumentError unless ``memory`` is "auto" or "low"."""
+    if memory not in ("auto", "low"):
+        raise ArgumentError(
+            explain(
+                "memory",
+                expected="'auto' or 'low'",
+                got=repr(memory),
+                fix="'low' is the backward without a workspace of query's size.",
+            )
+        )
+
+
 def checked_blocks(block_size: object) -> tuple[int, int]:
     """``block_size`` as (block_q, block_k); which numbers are served is the layout's to say."""
     if type(block_size) is int:

@@ -17,6 +17,7 @@ from sparsetile.arguments import (
     check_flag,
     check_layout,
     check_mask,
+    check_memory,
     check_settings,
     check_tensors,
     check_types,
@@ -47,6 +48,7 @@ def sparse_attention(
     block_size: int | tuple[int, int] = ...,
     enable_gqa: bool = ...,
     deterministic: bool = ...,
+    memory: str = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -68,6 +70,7 @@ def sparse_attention(
     block_size: int | tuple[int, int] = ...,
     enable_gqa: bool = ...,
     deterministic: bool = ...,
+    memory: str = ...,
     backend: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -88,6 +91,7 @@ def sparse_attention(
     block_size: int | tuple[int, int] = 128,
     enable_gqa: bool = False,
     deterministic: bool = False,
+    memory: str = "auto",
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -114,7 +118,12 @@ def sparse_attention(
             value added to every logit of a tile, with gradient.
         block_size: tile edge in tokens (or (query, key) edges) for the layout of a Pattern: 16, 32, 64, 128.
         enable_gqa: allow fewer key-value heads than query heads (query head h reads ``h // (H // Hkv)``).
-        deterministic: require gradients that are bitwise equal run to run. Every backend meets this today.
+        deterministic: True requires gradients that are bitwise equal run to run, as
+            ``torch.use_deterministic_algorithms(True)`` does for all calls. Where that asks for another form
+            of backward it takes the one of ``memory="low"``. The Hopper backend alone may differ in the last
+            bits of query's gradient without it; the others are the same bits either way.
+        memory: ``"auto"``, or ``"low"``: backward needs no workspace of the size of query (4 bytes an element
+            of it), at seven products a tile instead of five. Today only the Hopper backend has two forms.
         backend: ``"auto"``, ``"hopper"``, ``"triton"``, ``"cpu"`` or ``"reference"``. A named backend serves
             or raises.
         return_lse: also return the natural log-sum-exp ``[B, H, Nq]``, differentiable, for
@@ -146,6 +155,8 @@ def sparse_attention(
     heads, q_len, k_len, head_dim = check_tensors(query, key, value, enable_gqa)
     check_name(backend)
     check_flag("is_causal", is_causal)
+    check_flag("deterministic", deterministic)
+    check_memory(memory)
     check_settings(scale, dropout_p, "dropout_p")
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     plain = op.plain(query, key, value)
@@ -191,6 +202,7 @@ def sparse_attention(
         seed=draw_seed(query.device) if dropout_p > 0.0 else None,
         scale=float(scale),
         dropout_p=float(dropout_p),
+        lean=deterministic or memory == "low" or torch.are_deterministic_algorithms_enabled(),
         backend=backend,
     )
     return (out, lse) if return_lse else out

@@ -34,7 +34,7 @@ from sparsetile.patterns import parse_pattern
 _LIBRARY = torch.library.Library("sparsetile", "DEF")
 _CALL = (
     "Tensor[] layout, str pattern, SymInt[] geometry, Tensor? tile_bias, Tensor? attn_bias, "
-    "Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p, str backend"
+    "Tensor? key_padding_mask, Tensor? seed, float scale, float dropout_p, bool lean, str backend"
 )
 _LIBRARY.define(f"attention(Tensor q, Tensor k, Tensor v, {_CALL}) -> (Tensor, Tensor)")
 _LIBRARY.define(
@@ -63,6 +63,7 @@ def attention(
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
+    lean: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Dispatch one validated call; returns (out, lse).
@@ -71,7 +72,7 @@ def attention(
     that of a layout ends in its ``row_bound``.
     ``plain`` is what :func:`plain` says of q, k, v.
     """
-    features = (tile_bias, attn_bias, key_padding_mask, seed, scale, dropout_p)
+    features = (tile_bias, attn_bias, key_padding_mask, seed, scale, dropout_p, lean)
     call: tuple[Any, ...]
     if layout is None:
         call = ([], pattern, list(geometry), *features, backend)
@@ -88,7 +89,7 @@ def attention(
 
 
 def _call(layout: BlockLayout, features: tuple[Any, ...], backend: str) -> tuple[Any, ...]:
-    """What the operators' schema calls ``_CALL``, for a layout; features from tile_bias to dropout_p."""
+    """What the operators' schema calls ``_CALL``, for a layout; features from tile_bias to lean."""
     return (layout.operands(), "", layout.geometry, *features, backend)
 
 
@@ -179,8 +180,8 @@ class _Attention(torch.autograd.Function):
         needs = ctx.needs_input_grad
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         if torch.is_grad_enabled():  # create_graph=True: the operator knows how to refuse a second derivative
-            settings = (request.key_padding_mask, request.seed, request.scale, request.dropout_p)
-            call = _call(request.layout, (tile_bias, attn_bias, *settings), ctx.backend)
+            settings = (request.seed, request.scale, request.dropout_p, request.lean)
+            call = _call(request.layout, (tile_bias, attn_bias, mask, *settings), ctx.backend)
             dq, dk, dv, d_tile, d_attn = torch.ops.sparsetile.attention_backward(
                 grad_out, grad_lse, q, k, v, out, lse, *call, needs[3], needs[4]
             )
@@ -226,6 +227,7 @@ def _make_request(
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
+    lean: bool,
 ) -> Request:
     return Request(
         layout=layout,
@@ -235,6 +237,7 @@ def _make_request(
         key_padding_mask=key_padding_mask,
         attn_bias=attn_bias,
         tile_bias=tile_bias,
+        lean=lean,
     )
 
 
@@ -391,7 +394,7 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
     )
     d_tile_bias = _sum_to_shape(d_tile, tile_bias) if tile_bias_grad else None
     d_attn_bias = _sum_to_shape(d_attn, attn_bias) if attn_bias_grad else None
-    no_grads = [None] * 5  # key_padding_mask, seed, scale, dropout_p, backend
+    no_grads = [None] * 6  # key_padding_mask, seed, scale, dropout_p, lean, backend
     return dq, dk, dv, [None] * len(layout), None, None, d_tile_bias, d_attn_bias, *no_grads
 
 

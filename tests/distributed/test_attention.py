@@ -18,7 +18,9 @@ from processes import run_ranks
 from sparsetile.distributed import Sharding, distributed_attention
 from sparsetile.errors import ArgumentError, BackendError, MismatchError, RankLostError
 from sparsetile.kernels import cpu, triton_backend
+from sparsetile.kernels.select import BACKENDS
 from spread_calls import BLOCK, Case, alone, on_rank
+from witness import Witness
 
 
 def drawn(seed: int) -> list[Case]:
@@ -308,6 +310,26 @@ def named_reference(rank: int, world: int) -> None:
 
 def test_the_reference_over_ranks() -> None:
     run_ranks(named_reference, 2)
+
+
+def asked_of_backends(rank: int, world: int) -> list[set[bool]]:
+    """In eager calls and in a compiled one, each of two parts: own tiles and received ones."""
+    witness = Witness()
+    BACKENDS["cpu"] = witness  # this process is a fork
+    q, k, v = (torch.randn(1, 2, 2 * BLOCK, 8, requires_grad=True) for _ in range(3))
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return distributed_attention(q, k, v, "Full()", block_size=BLOCK).square().sum()
+
+    said = []
+    for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        torch.autograd.grad(call(q, k, v), (q, k, v))
+        said.append(witness.said(parts=2))
+    return said
+
+
+def test_ranks_ask_for_gradients_that_are_the_same_bits_every_run() -> None:
+    assert run_ranks(asked_of_backends, 2) == [[{True}] * 2] * 2
 
 
 def first_in_inference_mode(rank: int, world: int) -> None:

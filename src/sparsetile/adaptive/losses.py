@@ -63,7 +63,8 @@ def _mass(
 ) -> Tensor:
     """``∂ Σ_q weight_q·lse_q / ∂β``, by the operator of a backward pass; features in the order it takes."""
     geometry = [layout.q_len, layout.k_len, layout.block_q, layout.block_k, layout.batch, layout.heads]
-    call = (list(layout.tensors()), "", geometry, *features, backend)
+    lean = torch.are_deterministic_algorithms_enabled()
+    call = (list(layout.tensors()), "", geometry, *features, lean, backend)
     grads = torch.ops.sparsetile.attention_backward(
         torch.zeros_like(out), weight, q, k, v, out, lse, *call, True, False
     )

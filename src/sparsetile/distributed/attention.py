@@ -152,6 +152,7 @@ def distributed_attention(
             tile_bias=tile_bias,
             block_size=block_size,
             enable_gqa=enable_gqa,
+            deterministic=True,
             backend=backend,
             return_lse=True,
         )

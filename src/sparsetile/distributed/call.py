@@ -102,7 +102,7 @@ def checked(
     # What serves a call of one tile serves any: a rank that finds no backend says so before others wait.
     tile = query.new_empty((1, 1, 1, query.shape[3]))
     layout = cached_layout(Full(), 1, None, settings.block_size, query.device)
-    choose(settings.backend, tile, tile, tile, Request(layout, 1.0))
+    choose(settings.backend, tile, tile, tile, Request(layout, 1.0, lean=True))
     return query, key, value
 
 

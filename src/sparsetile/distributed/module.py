@@ -159,6 +159,10 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseRingDilatedAttention
     def spread(self) -> bool:
         return Ranks.of(self.ring).size > 1
 
+    @property
+    def deterministic(self) -> bool:
+        return True
+
     def sharding_for(self, length: int) -> Sharding:
         """Which rank must hold which of ``length`` tokens: what :func:`shard_sequence` cuts by.
 

@@ -30,6 +30,8 @@ class Request:
         tile_bias: fp32 (float64 for float64 inputs) ``[B or 1, H or 1, capacity]``: entry ``[b, h, e]`` is
             added to every scaled logit of tile ``e`` (position in ``layout.indices``) for batch element b,
             query head h.
+        lean: True asks for gradients that are the same bits every run and need no workspace that grows with q
+            beyond what is split; False allows either.
     """
 
     layout: BlockLayout
@@ -41,6 +43,7 @@ class Request:
     tile_bias: Tensor | None = None
     q_tiles: Tensor | None = None
     k_tiles: Tensor | None = None
+    lean: bool = False
 
 
 class Gradients(NamedTuple):

@@ -127,6 +127,7 @@ class BlockSparseRingDilatedAttention(Planned):
             key_padding_mask=key_padding_mask,
             block_size=self.plan.block_size,
             enable_gqa=True,
+            deterministic=self.deterministic,
             backend=self.backend,
             return_lse=True,
         )
@@ -153,6 +154,11 @@ class BlockSparseRingDilatedAttention(Planned):
         from sparsetile.distributed.ranks import Ranks
 
         return Ranks.of(self.ring).size > 1
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether gradients are the same bits every run, as those over ranks are, of which one is a world."""
+        return self.ring is not None
 
     def _exchange_settings(self) -> dict[str, Any]:
         """How ranks share the sequence."""
