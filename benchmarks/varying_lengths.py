@@ -18,7 +18,6 @@ import random
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -118,16 +117,15 @@ def main() -> None:
     if chosen.rank is not None:
         on_one_rank(chosen)
         return
-    # Side by side: memory, unlike time, is the processes' own, and the GPU has enough for all.
-    with ThreadPoolExecutor(len(SETTINGS)) as pool:
-        arms = list(pool.map(lambda setting: arm(chosen, setting), SETTINGS))
-    for measured in arms:
-        print(json.dumps(measured), flush=True)
-    if chosen.device == "cuda":
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        machine = torch.cuda.get_device_name().split()[1].lower()
-        result = {"provenance": provenance(), "steps": chosen.steps, "tokens": chosen.tokens, "arms": arms}
-        (chosen.out / f"varying_lengths_{machine}.json").write_text(json.dumps(result, indent=1) + "\n")
+    arms: list[dict[str, Any]] = []
+    result = {"provenance": provenance(), "steps": chosen.steps, "tokens": chosen.tokens, "arms": arms}
+    for setting in SETTINGS:
+        arms.append(arm(chosen, setting))
+        print(json.dumps(arms[-1]), flush=True)
+        if chosen.device == "cuda":
+            chosen.out.mkdir(parents=True, exist_ok=True)
+            machine = torch.cuda.get_device_name().split()[1].lower()
+            (chosen.out / f"varying_lengths_{machine}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

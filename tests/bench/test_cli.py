@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 
 import pytest
 
+from sparsetile.bench.cases import baselines
+from sparsetile.bench.cli import add_arguments, plan_of
 from sparsetile.cli import main
 
 TINY = [
@@ -101,6 +104,15 @@ def test_replot_of_something_else_is_one_line(content, tmp_path, capsys):
     assert main(["bench", "--replot", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("sparsetile: --replot: expected a bench.json") and error.count("\n") == 1
+
+
+def test_peers_is_the_table_with_every_rival(capsys):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    plan = plan_of(parser.parse_args(["--peers", "--device", "cpu"]))
+    assert plan.cases == baselines() and {rival.name for rival in plan.rivals} == {"cpu", "dense", "flex"}
+    assert main(["bench", "--peers", "--backends", "cpu"]) == 2
+    assert "--peers: expected every rival" in capsys.readouterr().err
 
 
 def test_out_that_is_a_file_is_one_line(tmp_path, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsetile.bench.measure import peak_memory, time_call
+from sparsetile.bench.measure import ceilings, peak_memory, time_call
 
 CPU = torch.device("cpu")
 
@@ -50,3 +50,7 @@ def test_peak_memory_says_nothing_on_stderr(capfd):
     peak_memory(lambda: torch.empty(10), CPU)
     output = capfd.readouterr()
     assert (output.out, output.err) == ("", "")
+
+
+def test_ceilings_are_a_gpu_s():
+    assert ceilings(torch.device("cpu")) is None

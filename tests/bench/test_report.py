@@ -102,6 +102,23 @@ def test_overview_has_a_line_a_case_and_a_column_a_rival():
     assert f"| 4K B1 H2 D64 local | 0.0625 | {times} |" in lines
 
 
+def test_overview_with_ceilings_has_floors_and_efficiencies():
+    rows = [
+        row("dense", 2.0, 6.0),
+        row("triton", 0.25, 1.0),
+        row("fa4", None, None, status="failed", reason="x"),
+    ]
+    # 4·B·H·N²·D·density = 0.537 GFLOP forward; q, k, v and out are 8.39 MB in fp32.
+    measured = result(*rows) | {"ceilings": {"flops": 1e13, "bytes": 1e11}}
+    lines = report.markdown(measured).splitlines()
+    assert "| case | density | floor | dense | triton | fa4 |" in lines
+    times = "0.084 / 0.168 | 2.000 / 6.000 | 0.250 / 1.000 (0.50 / 0.38) | — |"
+    assert f"| 4K B1 H2 D64 local | 0.0625 | {times}" in lines
+    assert report.floor_ms(
+        rows[0]["case"], 0.0625, {"flops": 1e12, "bytes": 1e15}, "backward"
+    ) == pytest.approx(1.342, abs=1e-3)
+
+
 def test_causal_patterns_say_that_dense_is_causal_too():
     assert "causal" not in report.markdown(FULL)
     text = report.markdown(

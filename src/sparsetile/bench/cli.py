@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("baselines",),
         help="the fixed table: 8K, 32K, 128K tokens, bfloat16, head_dim 64, 128",
     )
+    what.add_argument(
+        "--peers",
+        action="store_true",
+        help="what a GPU user could pick instead: that table, every rival that runs here",
+    )
     what.add_argument("--lengths", type=_list(token_count), metavar="N,…", help="tokens: 4K,16K")
     what.add_argument(
         "--patterns",
@@ -88,6 +93,14 @@ def plan_of(options: argparse.Namespace) -> Plan:
     """The plan that the options ask for. Raises ArgumentError or PatternError for what cannot be."""
     device = _device(options.device)
     small = options.quick
+    if options.peers:
+        if options.backends:
+            raise ArgumentError(
+                explain(
+                    "--peers", expected="every rival", got="--backends", fix="Pass --table baselines instead."
+                )
+            )
+        options.table = "baselines"
     if options.table is not None:
         for name in (
             "quick",

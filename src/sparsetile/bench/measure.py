@@ -76,6 +76,19 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
+def ceilings(device: torch.device) -> dict[str, float] | None:
+    """What the GPU reaches here: ``flops`` a second of a bf16 product 8192³ of random numbers, and
+    ``bytes`` a second, read and written, of a copy of 2 GiB. None on CPU."""
+    if device.type != "cuda":
+        return None
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = _time_cuda(lambda: a @ b, device, 40.0).median_ms
+    source = torch.empty(2**31, dtype=torch.uint8, device=device)
+    into = torch.empty_like(source)
+    copied = _time_cuda(lambda: into.copy_(source), device, 40.0).median_ms
+    return {"flops": 2 * 8192**3 / product * 1e3, "bytes": 2 * source.nbytes / copied * 1e3}
+
+
 def _time_cuda(call: Callable[[], object], device: torch.device, budget_ms: float) -> Times:
     flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
     call()

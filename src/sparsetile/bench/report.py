@@ -47,7 +47,7 @@ def markdown(result: dict[str, Any]) -> str:
         "Medians, forward and backward timed apart. × dense: fastest dense rival ÷ this row; × flex: "
         f"FlexAttention ÷ this row. Peak: {result['memory']}. Error: {result['error']}; grads: the largest.",
         "",
-        *_overview(result["rows"]),
+        *_overview(result["rows"], result.get("ceilings")),
     ]
     for rows in _by_case(result["rows"]):
         case = rows[0]["case"]
@@ -69,24 +69,53 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _overview(rows: list[Row]) -> list[str]:
-    """Forward / backward milliseconds: a line for each case, a column for each rival."""
+def floor_ms(case: Row, density: float, ceilings: dict[str, float], phase: str) -> float:
+    """No kernel can be faster: the tiles' products at the measured rate of a matrix product, or q, k, v and
+    out moved once at that of a copy, whichever takes longer; backward 2.5 times the one, twice the other."""
+    size = case["batch"] * case["heads"] * case["length"] * case["head_dim"]
+    work = 4 * size * case["length"] * density * (1.0 if phase == "forward" else 2.5)
+    moved = 4 * size * (4 if case["dtype"] == "float32" else 2) * (1 if phase == "forward" else 2)
+    return max(work / ceilings["flops"], moved / ceilings["bytes"]) * 1e3
+
+
+def _overview(rows: list[Row], ceilings: dict[str, float] | None) -> list[str]:
+    """Forward / backward milliseconds: a line for each case, a column for each rival; with the ceilings, the
+    floor and, in brackets, the efficiency η of what skips tiles."""
     names = list(dict.fromkeys(row["rival"] for row in rows))
-    lines = [
-        "Forward / backward in ms:",
-        "",
-        _line(["case", "density", *names]),
-        _line(["---"] * (2 + len(names))),
-    ]
+    lines = ["Forward / backward in ms:"]
+    if ceilings is not None:
+        lines = [
+            "Forward / backward in ms, in brackets η = fastest dense rival's time × density ÷ this time. "
+            f"Floor: products at {ceilings['flops'] / 1e12:.0f} TFLOP/s or copies at "
+            f"{ceilings['bytes'] / 1e12:.2f} TB/s, as measured in this run:"
+        ]
+    floors = ["floor"] if ceilings is not None else []
+    header = ["case", "density", *floors, *names]
+    lines += ["", _line(header), _line(["---"] * len(header))]
     for group in _by_case(rows):
         cells = {
             row["rival"]: " / ".join(_time(row, phase) for phase in _PHASES) if row["status"] == "ok" else "—"
             for row in group
         }
-        density = group[0].get("density")
-        kept = "—" if density is None else f"{density:.4f}"
-        lines.append(_line([group[0]["case"]["label"], kept, *(cells.get(name, "—") for name in names)]))
+        case, density = group[0]["case"], group[0].get("density")
+        kept = ["—" if density is None else f"{density:.4f}"]
+        if ceilings is not None and density is not None:
+            kept.append(" / ".join(f"{floor_ms(case, density, ceilings, phase):.3f}" for phase in _PHASES))
+            for row in group:
+                if row["status"] == "ok" and not row["dense"]:
+                    cells[row["rival"]] += f" ({_efficiencies(row, group, density)})"
+        elif ceilings is not None:
+            kept.append("—")
+        lines.append(_line([case["label"], *kept, *(cells.get(name, "—") for name in names)]))
     return [*lines, ""]
+
+
+def _efficiencies(row: Row, group: list[Row], density: float) -> str:
+    shares = []
+    for phase in _PHASES:
+        dense = _fastest_dense(group, phase)
+        shares.append(f"{dense * density / row[phase]['median_ms']:.2f}" if dense and row[phase] else "—")
+    return " / ".join(shares)
 
 
 def row_line(row: Row) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsetile.bench import accuracy
 from sparsetile.bench.cases import Case
-from sparsetile.bench.measure import MEMORY_KIND, peak_memory, time_call
+from sparsetile.bench.measure import MEMORY_KIND, ceilings, peak_memory, time_call
 from sparsetile.bench.rivals import Attention, Rival, UnavailableError, one_line
 from sparsetile.environment import provenance
 from sparsetile.facts import describe
@@ -71,6 +71,7 @@ def measure(plan: Plan, path: Path, done: Callable[[Row], None] = lambda row: No
         "arguments": plan.arguments,
         "seed": plan.seed,
         "memory": MEMORY_KIND[plan.device.type],
+        "ceilings": ceilings(plan.device),
         "error": f"relative Frobenius error against float64, {plan.samples} sampled queries",
         "rows": [],
     }
