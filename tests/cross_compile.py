@@ -73,6 +73,8 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
     on = Target(TARGETS[target][3], 1)  # type: ignore[arg-type]
     if kernel == "topk":
         return selection_of(head_dim, q.dtype, options)
+    if kernel.startswith("hopper"):
+        return hopper_launch_of(kernel, q, request, options, on)
     if kernel == "forward":
         return triton_launch.forward_launches(q, k, k, q, statistic, request, on)[0]
     if kernel in ("delta", "backward"):
@@ -83,6 +85,27 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
         arguments = (q, k, k, *saved, q, k, k, tile_grad, bias_grad, request, on)
         return triton_launch.backward_launches(*arguments)[kernel == "backward"]
     raise ValueError(f"no kernel {kernel!r}")
+
+
+def hopper_launch_of(kernel: str, q: torch.Tensor, request: Any, options: dict[str, Any], on: Any) -> Any:
+    """Options: ``lean``, the two kernels of backward; ``at``, which of its launches; ``split``, rows and
+    columns in parts; ``group``, so many query heads a key head, summed in the program."""
+    from sparsetile.kernels import hopper_launch
+    from sparsetile.kernels.triton_config import override
+
+    request.lean = options.get("lean", False)
+    k = q[:, :: options.get("group", 1)]
+    statistic = torch.zeros(q.shape[:3])
+    with override(chunk=1 if options.get("split") else 10**6):
+        if kernel == "hopper forward":
+            return hopper_launch.forward_launches(q, k, k, q, statistic, request, on)[0]
+        tile_grad = None
+        if request.tile_bias is not None:
+            parts = hopper_launch.tile_grad_parts(request.layout)
+            tile_grad = torch.zeros(parts, 1, q.shape[1], request.layout.capacity)
+        saved = (q, statistic, q, None)
+        launches = hopper_launch.backward_launches(q, k, k, *saved, q, k, k, tile_grad, None, request, on)
+    return [launch for launch in launches if "maxnreg" in launch.options][options.get("at", 0)]
 
 
 def selection_of(hidden: int, dtype: torch.dtype, options: dict[str, Any]) -> Any:
@@ -132,6 +155,7 @@ def compiled(launch: Any, target: str) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     signature: dict[str, str] = {}
     constants: dict[tuple[int], object] = {}
@@ -141,6 +165,9 @@ def compiled(launch: Any, target: str) -> Any:
         value = launch.arguments[name]
         if parameter.is_constexpr or value is None:
             signature[name], constants[index,] = "constexpr", value
+        elif hasattr(value, "block_shape"):
+            kind = f"{_NAMES[value.base.dtype]}{value.block_shape}".replace(" ", "")
+            signature[name] = f"tensordesc<{kind},{value.layout!r}>"
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[index,] = "*" + _NAMES[value.dtype], [["tt.divisibility", 16]]
         elif isinstance(value, float):
@@ -151,7 +178,8 @@ def compiled(launch: Any, target: str) -> Any:
             signature[name] = "i32"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[index,] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    kind = GluonASTSource if isinstance(launch.kernel, GluonJITFunction) else ASTSource
+    source = kind(launch.kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget(*TARGETS[target][:3]), options=launch.options)
 
 

@@ -54,6 +54,9 @@ class Smem:
     def reshape(self, shape):
         return Smem(self.data.view(*shape))
 
+    def _reinterpret(self, kind, shape, layout):
+        return Smem(self.data.view(-1).view(kind).view(*[value(n) for n in shape]))
+
     def permute(self, order):
         return Smem(self.data.permute(*order))
 

@@ -134,6 +134,7 @@ class Case:
     q_tiles: Tensor | None = None
     k_tiles: Tensor | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    lean: bool = False
 
     def request(self) -> Request:
         return Request(
@@ -146,6 +147,7 @@ class Case:
             tile_bias=self.tile_bias,
             q_tiles=self.q_tiles,
             k_tiles=self.k_tiles,
+            lean=self.lean,
         )
 
     def dropout_keep(self) -> Tensor | None:

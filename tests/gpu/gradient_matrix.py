@@ -99,6 +99,7 @@ def cell(
     feature: str,
     *,
     name: str = "triton",
+    lean: bool = False,
     length: int = 400,
     device: str = "cuda",
 ) -> dict[str, Any]:
@@ -119,6 +120,7 @@ def cell(
         mask=mask,
         device=device,
     )
+    case.lean = lean
     expected = case.expected()
     if feature == "causal":
         # Every row is cut into items of one tile, so that the combining kernels are seen, too.

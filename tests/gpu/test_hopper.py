@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,8 +30,9 @@ ASKED = {"tile_bias_grad": False, "attn_bias_grad": False}
 
 @pytest.mark.parametrize(("head_dim", "dtype", "block", "feature"), itertools.product(*SERVED["hopper"]))
 def test_cells(head_dim: int, dtype: str, block: int, feature: str) -> None:
-    result = cell(head_dim, dtype, block, feature, name="hopper")
-    assert result["passed"], result
+    for lean in (False, True):
+        result = cell(head_dim, dtype, block, feature, name="hopper", lean=lean)
+        assert result["passed"], result
 
 
 def test_auto_chooses_it() -> None:
@@ -57,7 +59,7 @@ def case_on(layout: BlockLayout, head_dim: int, heads: int = 4, batch: int = 1) 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("block", [64, 128])
 def test_rows_of_all_lengths_agree_with_the_triton_backend(head_dim: int, block: int) -> None:
-    """Many items a program, of many lengths, split and not, and again: the same bits."""
+    """Many items a program, of many lengths, split and not, and again: the same bits, if asked for."""
     pattern = (st.Local(150) | st.Global(70) | st.Random(0.03)) & st.Causal()
     case = by_pattern(head_dim, block, pattern, 12_000)
     got, expected = run(hopper_backend, case), run(triton_backend, case)
@@ -66,6 +68,17 @@ def test_rows_of_all_lengths_agree_with_the_triton_backend(head_dim: int, block:
         assert error < 4e-3, (name, error)
     for _ in range(25):
         again = run(hopper_backend, case)
+        for name in got:
+            # Only dQ is added up in no fixed order, where it is at all.
+            assert torch.equal(again[name], got[name]) or name == "q", name
+        assert (again["q"].double() - got["q"].double()).norm() < 3e-4 * got["q"].double().norm()
+    lean = replace(case, lean=True)
+    got = run(hopper_backend, lean)
+    for name in got:
+        error = (got[name].double() - expected[name].double()).norm() / expected[name].double().norm()
+        assert error < 4e-3, (name, error)
+    for _ in range(25):
+        again = run(hopper_backend, lean)
         for name in got:
             assert torch.equal(again[name], got[name]), name
 
@@ -83,7 +96,8 @@ def test_recorded_launches_answer_for_their_own_tensors() -> None:
 
 def test_a_graph_replays_forward_and_backward() -> None:
     case = by_pattern(64, 128, st.Local(300) & st.Causal(), 3000)
-    eager = run(hopper_backend, case)
+    for _ in range(2):  # the second call plays what the first has recorded
+        eager = run(hopper_backend, case)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = run(hopper_backend, case)
@@ -93,7 +107,8 @@ def test_a_graph_replays_forward_and_backward() -> None:
         graph.replay()
         torch.cuda.synchronize()
         for name in eager:
-            assert torch.equal(captured[name], eager[name]), name
+            assert torch.equal(captured[name], eager[name]) or name == "q", name
+        assert (captured["q"].double() - eager["q"].double()).norm() < 3e-4 * eager["q"].double().norm()
 
 
 def test_a_layout_made_on_the_device_needs_no_sync() -> None:

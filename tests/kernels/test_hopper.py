@@ -14,31 +14,47 @@ pytest.importorskip("triton")
 from gluon_on_cpu import emulated
 from gpu.gradient_matrix import RATIO, dense_answers
 from oracle import FLOOR, Case, random_case, relative_error, run, spread_error
-from sparsetile.kernels import hopper_backend, hopper_columns, hopper_forward, hopper_rows, hopper_tiles
+from sparsetile.kernels import (
+    hopper_backend,
+    hopper_columns,
+    hopper_five,
+    hopper_forward,
+    hopper_launch,
+    hopper_rows,
+    hopper_tiles,
+)
 from sparsetile.kernels.triton_config import Target, override
+from sparsetile.kernels.triton_launch import Launch
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="with a GPU, tests/gpu runs the real kernels"
 )
 
 
+NOTHING = Launch(None, 0, {}, {})
+
+
 @pytest.fixture(autouse=True)
 def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(hopper_backend, "device_problem", lambda device: None)
-    with emulated(hopper_tiles, hopper_forward, hopper_rows, hopper_columns):
+    with emulated(hopper_tiles, hopper_forward, hopper_rows, hopper_columns, hopper_five):
         yield
 
 
 def check(backend: object, case: Case) -> None:
     """Asserts that the summed errors are at most 1.2 times those of dense attention written out in the case's
-    dtype, which rounds the weights as tensor cores want them, or one rounding; the log-sum-exp's as fp32."""
-    expected, got, dense = case.expected(), run(backend, case), dense_answers(case, fused=False)
-    assert relative_error(got["lse"], expected.pop("lse")) <= FLOOR[torch.float32], case.describe()
-    for name, exact in expected.items():
-        assert got[name].shape == exact.shape
-        error, rival = (spread_error(x[name], exact, case.unit(name)) for x in (got, dense))
-        limit = max(RATIO * rival, FLOOR[case.q.dtype] / 2)
-        assert error <= limit, f"{name}: {error:.3g} above {limit:.3g}; {case.describe()}"
+    dtype, which rounds the weights as tensor cores want them, or one rounding; the log-sum-exp's as fp32.
+    Both forms of backward."""
+    expected, dense = case.expected(), dense_answers(case, fused=False)
+    for lean in (False, True):
+        got = run(backend, replace(case, lean=lean))
+        assert relative_error(got["lse"], expected["lse"]) <= FLOOR[torch.float32], case.describe()
+        for name in expected.keys() - {"lse"}:
+            exact, unit = expected[name], case.unit(name)
+            assert got[name].shape == exact.shape
+            error, rival = (spread_error(x[name], exact, unit) for x in (got, dense))
+            limit = max(RATIO * rival, FLOOR[case.q.dtype] / 2)
+            assert error <= limit, f"{name}, lean={lean}: {error:.3g} above {limit:.3g}; {case.describe()}"
 
 
 def case_of(block: int, head_dim: int, features: set[str] = frozenset(), **sizes: Any) -> Case:
@@ -83,11 +99,35 @@ def test_split_rows_and_columns(block: int, features: set[str]) -> None:
         check(hopper_backend, case)
 
 
-def test_group_summed_inside_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", [64, 128])
+def test_group_summed_inside_the_program(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """With few multiprocessors a column walks all query heads of a key head."""
     monkeypatch.setattr(hopper_backend, "target_of", lambda device: Target("hopper", 1))
-    check(hopper_backend, case_of(64, 64, {"tile_bias"}, heads=4, key_heads=2))
-    check(hopper_backend, case_of(64, 128, heads=4, key_heads=1, k_len=300))
+    check(hopper_backend, case_of(block, 64, {"tile_bias"}, heads=4, key_heads=2))
+    check(hopper_backend, case_of(block, 128, {"tile_bias"}, heads=4, key_heads=1, k_len=300))
+
+
+@pytest.mark.parametrize(
+    ("change", "five"),
+    [
+        ({}, True),
+        ({"lean": True}, False),
+        ({"block": 64}, False),
+        ({"features": {"tile_bias"}}, False),
+        ({"features": {"tile_bias"}, "head_dim": 128}, True),
+    ],
+)
+def test_which_form_of_backward_serves(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], five: bool
+) -> None:
+    given = {"block": 128, "head_dim": 64, "features": set(), "lean": False, **change}
+    case = case_of(given["block"], given["head_dim"], given["features"])
+    kernels: list[str] = []
+    monkeypatch.setattr(
+        hopper_launch, "_launch", lambda kernel, *_: kernels.append(kernel.function.__name__) or NOTHING
+    )
+    run(hopper_backend, replace(case, lean=given["lean"]))
+    assert kernels[1:] == (["five_kernel"] if five else ["columns_kernel", "rows_kernel"])
 
 
 def test_empty_rows_columns_and_layouts() -> None:
@@ -110,7 +150,7 @@ def test_tile_bias_of_minus_infinity() -> None:
 
 
 def test_two_runs_give_the_same_bits() -> None:
-    case = case_of(64, 64, {"gqa", "tile_bias", "lse"}, q_len=300, heads=4)
+    case = replace(case_of(128, 64, {"gqa", "lse"}, q_len=300, heads=4), lean=True)
     first, second = run(hopper_backend, case), run(hopper_backend, case)
     for name in first:
         assert torch.equal(first[name], second[name]), (name, case.describe())

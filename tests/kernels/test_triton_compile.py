@@ -70,6 +70,25 @@ def test_hopper_choices_for_whole_tiles_and_short_rows_do_not_spill() -> None:
     assert not [r for r in results if r["spilled"]], results
 
 
+def test_hopper_s_own_kernels_fit_and_spill_next_to_nothing() -> None:
+    """Every kernel in every form that a multiprocessor has room for; a tile bias costs the backward a few
+    registers more than there are."""
+    cases = [["hopper forward", dim, "bfloat16", "sm_90", {}] for dim in (64, 128)]
+    cases += [["hopper forward", 128, "float16", "sm_90", {"split": True, "biased": True}]]
+    cases += [["hopper forward", 64, "bfloat16", "sm_90", {"block": 64}]]
+    for dim in (64, 128):
+        cases += [["hopper backward", dim, "bfloat16", "sm_90", {"split": True}]]
+        cases += [["hopper backward", dim, "bfloat16", "sm_90", {"lean": True, "at": at}] for at in (0, 1)]
+        small = {"block": 64, "group": 2}
+        cases += [["hopper backward", dim, "bfloat16", "sm_90", {**small, "at": at}] for at in (0, 1)]
+    biased = [["hopper backward", 128, "bfloat16", "sm_90", {"biased": True}]]
+    results = compile_all(cases + biased)
+    assert_fit(results)
+    assert not [r for r in results if r["case"][4].get("block") == 64 and r["shared"] > 115_712], results
+    assert not [r for r in results[: len(cases)] if r["spilled"] > 64], results
+    assert not [r for r in results[len(cases) :] if r["spilled"] > 96], results
+
+
 def test_a_tile_bias_keeps_the_shapes_and_does_not_spill() -> None:
     """The tiles are those of the call without it, and no byte of shared memory comes on top: the sums of its
     gradient stay within a warp."""

@@ -2,8 +2,10 @@
 """Backward on Hopper, dK and dV: programs own key tiles and walk the query tiles that attend them.
 
 Sᵀ = K·Qᵀ, dPᵀ = V·dOᵀ, dV = Σ Pᵀ·dO, dK = scale·Σ dSᵀ·Q, M queries a step: Pᵀ and dSᵀ stay in registers as
-left operands. The LSE and δ of a step's queries come by bulk copy beside Q and dO; past the end they are
-zeros as dO is, so that no mask is needed there.
+left operands. The next step's Sᵀ is issued behind this one's dK, so that the tensor cores have work while
+exponentials run; every product is awaited before the loop turns, or ptxas would serialise them all. The LSE
+and δ of a step's queries come by bulk copy beside Q and dO; past the end they are zeros as dO is, so that no
+mask is needed there. dV and dK leave from where the item's values and keys lay.
 """
 
 from triton.experimental import gluon
@@ -29,6 +31,56 @@ from sparsetile.kernels.hopper_tiles import (
     tell_end,
     told,
 )
+from sparsetile.kernels.triton_tiles import COUNTS
+
+ITEMS = gl.constexpr(2)  # whose keys lie in shared memory: one is read while the next comes
+
+
+@gluon.jit
+def step_buffers(q, grad_out, lse2, delta, M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+    """Where STAGES steps lie: Q, dO, LSE, δ, and the tile's place among the layout's and its bias."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_s = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, M, D], q.layout)
+    g_s = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, M, D], grad_out.layout)
+    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, M], lse2.layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, M], delta.layout)
+    edge_s = gl.allocate_shared_memory(gl.int32, [STAGES, 1], flat)
+    bias_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1], flat)
+    return q_s, g_s, lse_s, delta_s, edge_s, bias_s
+
+
+# fmt: off
+@gluon.jit
+def load_steps(
+    tensors, others, bias, stream, full, free, steps, batch, head, start, end,
+    D: gl.constexpr, BLOCK_Q: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr,
+):
+    # fmt: on
+    """Loads what an item's steps read, for one query head of its group after the other; returns the count of
+    steps so far, which were ``steps``."""
+    q, grad_out, lse2, delta = tensors
+    tile_bias, edges, st_b, st_h = bias
+    q_s, g_s, lse_s, delta_s, edge_s, bias_s = stream
+    STEPS: gl.constexpr = BLOCK_Q // M
+    for member in range(MEMBERS):
+        q_head = head * MEMBERS + member
+        for step in range(start * STEPS, end * STEPS):
+            query0 = gl.load(others + step // STEPS).to(gl.int32) * BLOCK_Q + (step % STEPS) * M
+            tile_at = [batch, q_head, query0, 0]
+            line_at = [batch, q_head, query0]
+            stage = steps % STAGES
+            here = full.index(stage)
+            mbarrier.wait(free.index(stage), ((steps // STAGES) & 1) ^ 1)
+            if tile_bias is not None:
+                own = tile_bias + batch.to(gl.int64) * st_b + q_head.to(gl.int64) * st_h
+                note_down(edge_s, bias_s, stage, own, edges, step // STEPS)
+            mbarrier.expect(here, 2 * (M * D * 2 + M * 4))
+            tma.async_copy_global_to_shared(q, tile_at, here, q_s.index(stage))
+            tma.async_copy_global_to_shared(lse2, line_at, here, lse_s.index(stage))
+            tma.async_copy_global_to_shared(grad_out, tile_at, here, g_s.index(stage))
+            tma.async_copy_global_to_shared(delta, line_at, here, delta_s.index(stage))
+            steps += 1
+    return steps
 
 
 # fmt: off
@@ -39,13 +91,12 @@ def producer(
     MEMBERS: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
 ):
     # fmt: on
-    q, grad_out, k, v, lse2, delta = tensors
+    k, v, of_steps = tensors
     counter, items, others, counts = walk
     item_count, first_count, reps, heads, layout_heads, group, blocks, works = counts
-    tile_bias, edges, st_b, st_h = bias
-    q_s, g_s, k_s, v_s, lse_s, delta_s, _, info_s, edge_s, bias_s = buffers
-    kv_full, kv_free, q_full, q_free, g_full, g_free = signals
-    STEPS: gl.constexpr = BLOCK_Q // M
+    k_s, v_s, info_s, stream = buffers
+    kv_full, kv_free, full, free = signals
+    CONSUMERS: gl.constexpr = BLOCK_K // ROWS
     steps = 0
     turn = 0
     work = gl.atomic_add(counter, 1)
@@ -59,41 +110,25 @@ def producer(
         work = gl.atomic_add(counter, 1)
         more = work < works
         if row >= 0:
-            full = kv_full.index(0)
-            mbarrier.wait(kv_free.index(0), (turn & 1) ^ 1)
-            tell(info_s.index(0), batch, head, block, start, full_end, end, slot, rep)
-            mbarrier.expect(full, BLOCK_K * D * 4)
+            buffer = turn % ITEMS
+            here = kv_full.index(buffer)
+            mbarrier.wait(kv_free.index(buffer), ((turn // ITEMS) & 1) ^ 1)
+            tell(info_s.index(buffer), batch, head, block, start, full_end, end, slot, rep)
+            mbarrier.expect(here, BLOCK_K * D * 4)
             kv_head = head * MEMBERS // group
-            for c in gl.static_range(BLOCK_K // ROWS):
+            for c in gl.static_range(CONSUMERS):
                 at = [batch, kv_head, block * BLOCK_K + c * ROWS, 0]
-                tma.async_copy_global_to_shared(k, at, full, k_s.index(c))
-                tma.async_copy_global_to_shared(v, at, full, v_s.index(c))
-            for member in range(MEMBERS):
-                q_head = head * MEMBERS + member
-                for step in range(start * STEPS, end * STEPS):
-                    query0 = gl.load(others + step // STEPS).to(gl.int32) * BLOCK_Q + (step % STEPS) * M
-                    tile_at = [batch, q_head, query0, 0]
-                    line_at = [batch, q_head, query0]
-                    stage = steps % STAGES
-                    phase = ((steps // STAGES) & 1) ^ 1
-                    mbarrier.wait(q_free.index(stage), phase)
-                    if tile_bias is not None:
-                        own = tile_bias + batch.to(gl.int64) * st_b + q_head.to(gl.int64) * st_h
-                        note_down(edge_s, bias_s, stage, own, edges, step // STEPS)
-                    full = q_full.index(stage)
-                    mbarrier.expect(full, M * D * 2 + M * 4)
-                    tma.async_copy_global_to_shared(q, tile_at, full, q_s.index(stage))
-                    tma.async_copy_global_to_shared(lse2, line_at, full, lse_s.index(stage))
-                    mbarrier.wait(g_free.index(stage), phase)
-                    full = g_full.index(stage)
-                    mbarrier.expect(full, M * D * 2 + M * 4)
-                    tma.async_copy_global_to_shared(grad_out, tile_at, full, g_s.index(stage))
-                    tma.async_copy_global_to_shared(delta, line_at, full, delta_s.index(stage))
-                    steps += 1
+                tma.async_copy_global_to_shared(k, at, here, k_s.index(buffer * CONSUMERS + c))
+                tma.async_copy_global_to_shared(v, at, here, v_s.index(buffer * CONSUMERS + c))
+            steps = load_steps(
+                of_steps, others, bias, stream, full, free, steps, batch, head, start, end,
+                D, BLOCK_Q, M, STAGES, MEMBERS,
+            )  # fmt: skip
             turn += 1
-    mbarrier.wait(kv_free.index(0), (turn & 1) ^ 1)
-    tell_end(info_s.index(0))
-    mbarrier.arrive(kv_full.index(0), count=1)
+    buffer = turn % ITEMS
+    mbarrier.wait(kv_free.index(buffer), ((turn // ITEMS) & 1) ^ 1)
+    tell_end(info_s.index(buffer))
+    mbarrier.arrive(kv_full.index(buffer), count=1)
 
 
 # fmt: off
@@ -108,6 +143,24 @@ def masked(s, entry, full_end, mask_ids, masks, first_key, first_query,
         bits = allowed(masks, gl.load(mask_ids + entry), queries[None, :], keys[:, None], BLOCK_Q, BLOCK_K)
         s = gl.where(bits != 0, s, float("-inf"))
     return s
+
+
+# fmt: off
+@gluon.jit
+def weights(
+    s, part, entry, full_end, stage, lse_s, bias_s, tile_bias, mask_ids, masks, scale2, first_key,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr, PARTIAL: gl.constexpr, S: gl.constexpr,
+):
+    # fmt: on
+    """Pᵀ ``[ROWS keys, M queries]`` of part ``part`` of a tile's queries."""
+    lse_row = lse_s.index(stage).reshape([M]).load(gl.SliceLayout(0, S))
+    if PARTIAL:
+        s = masked(s, entry, full_end, mask_ids, masks, first_key, part * M, BLOCK_Q, BLOCK_K, M, S)
+    if tile_bias is not None:
+        p = gl.exp2(s * scale2 - (lse_row - noted(bias_s, stage) * LOG2E)[None, :])
+    else:
+        p = gl.exp2(s * scale2 - lse_row[None, :])
+    return p
 
 
 @gluon.jit
@@ -131,72 +184,78 @@ def consumer(
     dk_out, dv_out, part_dk, part_dv, members_dk, members_dv = tensors[:6]
     mask_ids, masks, heads, reps, k_len, scale, scale2 = tensors[6:]
     tile_bias = bias[0]
-    q_s, g_s, k_s, v_s, lse_s, delta_s, o_s, info_s, _, bias_s = buffers
-    kv_full, kv_free, q_full, q_free, g_full, g_free = signals
+    k_s, v_s, info_s, stream = buffers
+    q_s, g_s, lse_s, delta_s, _, bias_s = stream
+    kv_full, kv_free, full, free = signals
+    CONSUMERS: gl.constexpr = BLOCK_K // ROWS
     STEPS: gl.constexpr = BLOCK_Q // M
     kind: gl.constexpr = q_s.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    zero = gl.zeros([ROWS, M], gl.float32, S)
     steps = 0
     turn = 0
     mbarrier.wait(kv_full.index(0), 0)
-    line = told(info_s.index(0))
-    more = field(line, 0) >= 0
+    more = field(told(info_s.index(0)), 0) >= 0
     while more:
-        line = told(info_s.index(0))
+        buffer = turn % ITEMS
+        line = told(info_s.index(buffer))
         start = field(line, 3)
         full_end = field(line, 4)
         end = field(line, 5)
         dk = gl.zeros([ROWS, D], gl.float32, O)
         dv = gl.zeros([ROWS, D], gl.float32, O)
-        for _member in range(MEMBERS):
-            for step in range(start * STEPS, end * STEPS):
-                stage = steps % STAGES
-                phase = (steps // STAGES) & 1
-                # No compiler knows this to be C: descriptors of k and v are not hoisted, and spilled.
-                mine = C + (step >> 30)
-                k = k_s.index(mine).reshape([ROWS, D])
-                v = v_s.index(mine).reshape([ROWS, D])
-                mbarrier.wait(q_full.index(stage), phase)
-                q = q_s.index(stage).reshape([M, D])
-                s_token = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-                mbarrier.wait(g_full.index(stage), phase)
-                g = g_s.index(stage).reshape([M, D])
-                d_token = warpgroup_mma(v, g.permute((1, 0)), zero, use_acc=False, is_async=True)
-                s = warpgroup_mma_wait(1, deps=[s_token])
-                lse_row = lse_s.index(stage).reshape([M]).load(gl.SliceLayout(0, S))
-                if PARTIAL:
-                    first = (step % STEPS) * M
-                    s = masked(
-                        s, step // STEPS, full_end, mask_ids, masks, C * ROWS, first, BLOCK_Q, BLOCK_K, M, S
-                    )
-                if tile_bias is not None:
-                    p = gl.exp2(s * scale2 - (lse_row - noted(bias_s, stage) * LOG2E)[None, :])
-                else:
-                    p = gl.exp2(s * scale2 - lse_row[None, :])
-                p_left = gl.convert_layout(p.to(kind), P)
-                # Over at once: ptxas cannot move the wait for dP above the exponentials.
-                mbarrier.wait(g_full.index(stage), phase)
-                delta_row = delta_s.index(stage).reshape([M]).load(gl.SliceLayout(0, S))
-                d = warpgroup_mma_wait(0, deps=[d_token])
-                dv_token = warpgroup_mma(p_left, g, dv, is_async=True)
-                ds = gl.convert_layout((p * (d - delta_row[None, :])).to(kind), P)
-                dk_token = warpgroup_mma(ds, q, dk, is_async=True)
-                dv, p_left = warpgroup_mma_wait(1, deps=[dv_token, p_left])
-                mbarrier.arrive(g_free.index(stage), count=1)
-                dk, ds = warpgroup_mma_wait(0, deps=[dk_token, ds])
-                mbarrier.arrive(q_free.index(stage), count=1)
-                steps += 1
+        zero = gl.zeros([ROWS, M], gl.float32, S)
+        span = (end - start) * STEPS
+        count = span * MEMBERS
+        # The first scores; of an item without steps of whatever lies there: a product that some branches
+        # leave out makes ptxas wait for each of them.
+        mbarrier.wait(full.index(steps % STAGES), (steps // STAGES) & 1, pred=count > 0)
+        k = k_s.index(buffer * CONSUMERS + C + (count >> 30)).reshape([ROWS, D])
+        q = q_s.index(steps % STAGES).reshape([M, D])
+        s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False)
+        # By now the item before has left its buffer.
+        tma.store_wait(0)
+        mbarrier.arrive(kv_free.index(1 - buffer), count=1, pred=turn > 0)
+        for i in range(count):
+            # No compiler knows this to be C: descriptors of k and v are not hoisted, and spilled.
+            mine = buffer * CONSUMERS + C + (i >> 30)
+            k = k_s.index(mine).reshape([ROWS, D])
+            v = v_s.index(mine).reshape([ROWS, D])
+            stage = steps % STAGES
+            g = g_s.index(stage).reshape([M, D])
+            d_token = warpgroup_mma(v, g.permute((1, 0)), zero, use_acc=False, is_async=True)
+            at = i
+            if MEMBERS > 1:
+                at = i % span
+            p = weights(
+                s, at % STEPS, start + at // STEPS, full_end, stage, lse_s, bias_s, tile_bias,
+                mask_ids, masks, scale2, C * ROWS, BLOCK_Q, BLOCK_K, M, PARTIAL, S,
+            )  # fmt: skip
+            p_left = gl.convert_layout(p.to(kind), P)
+            # Over long ago: ptxas cannot move the wait for dP above the exponentials.
+            mbarrier.wait(kv_full.index(buffer), (turn // ITEMS) & 1)
+            d = warpgroup_mma_wait(0, deps=[d_token])
+            dv_token = warpgroup_mma(p_left, g, dv, is_async=True)
+            delta_row = delta_s.index(stage).reshape([M]).load(gl.SliceLayout(0, S))
+            ds = gl.convert_layout((p * (d - delta_row[None, :])).to(kind), P)
+            dk_token = warpgroup_mma(ds, q_s.index(stage).reshape([M, D]), dk, is_async=True)
+            steps += 1
+            after = steps % STAGES
+            mbarrier.wait(full.index(after), (steps // STAGES) & 1, pred=i + 1 < count)
+            q = q_s.index(after).reshape([M, D])
+            s_token = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+            dv, p_left, dk, ds = warpgroup_mma_wait(1, deps=[dv_token, p_left, dk_token, ds])
+            mbarrier.arrive(free.index(stage), count=1)
+            # Nothing is in flight where the loop turns.
+            s = warpgroup_mma_wait(0, deps=[s_token])
         # Read again rather than held in registers meanwhile.
-        line = told(info_s.index(0))
+        line = told(info_s.index(buffer))
         batch = field(line, 0)
         head = field(line, 1)
         key0 = field(line, 2) * BLOCK_K + C * ROWS
         slot = field(line, 6)
         rep = field(line, 7)
-        mbarrier.arrive(kv_free.index(0), count=1)
         dk = dk * scale
         whole = True
         if part_dk is not None:
@@ -209,24 +268,20 @@ def consumer(
                 at = (batch * heads + head).to(gl.int64) * k_len + key0
                 store_wide(members_dk, members_dv, at, dk, dv, k_len - key0, O)
             else:
-                mine = o_s.index(C).reshape([ROWS, D])
-                tma.store_wait(0)
-                mine.store(dv.to(kind))
+                own = buffer * CONSUMERS + C
+                v_s.index(own).reshape([ROWS, D]).store(dv.to(kind))
+                k_s.index(own).reshape([ROWS, D]).store(dk.to(kind))
                 fence_async_shared()
-                tma.async_copy_shared_to_global(dv_out, [batch, head, key0, 0], o_s.index(C))
-                tma.store_wait(0)
-                mine.store(dk.to(kind))
-                fence_async_shared()
-                tma.async_copy_shared_to_global(dk_out, [batch, head, key0, 0], o_s.index(C))
+                tma.async_copy_shared_to_global(dv_out, [batch, head, key0, 0], v_s.index(own))
+                tma.async_copy_shared_to_global(dk_out, [batch, head, key0, 0], k_s.index(own))
         turn += 1
-        mbarrier.wait(kv_full.index(0), turn & 1)
-        line = told(info_s.index(0))
-        more = field(line, 0) >= 0
+        mbarrier.wait(kv_full.index(turn % ITEMS), (turn // ITEMS) & 1)
+        more = field(told(info_s.index(turn % ITEMS)), 0) >= 0
     tma.store_wait(0)
 
 
 # fmt: off
-@gluon.jit
+@gluon.jit(do_not_specialize=COUNTS)
 def columns_kernel(
     q, grad_out, k, v, lse2, delta, dk_out, dv_out, part_dk, part_dv, members_dk, members_dv,
     tile_bias, edges, counter, items, others, mask_ids, masks, st_b, st_h, item_count, first_count, reps,
@@ -240,26 +295,18 @@ def columns_kernel(
     ``[B, H, N, D]``, lse2 and delta of ``[B, H, Nq]``. Given members_dk and members_dv (fp32
     ``[B, H, Nk, D]``), those are filled instead: each query head's share."""
     CONSUMERS: gl.constexpr = BLOCK_K // ROWS
-    kind: gl.constexpr = q.dtype
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     buffers = (
-        gl.allocate_shared_memory(kind, [STAGES, 1, 1, M, D], q.layout),
-        gl.allocate_shared_memory(kind, [STAGES, 1, 1, M, D], grad_out.layout),
-        gl.allocate_shared_memory(kind, [CONSUMERS, 1, 1, ROWS, D], k.layout),
-        gl.allocate_shared_memory(kind, [CONSUMERS, 1, 1, ROWS, D], v.layout),
-        gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, M], lse2.layout),
-        gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, M], delta.layout),
-        gl.allocate_shared_memory(kind, [CONSUMERS, 1, 1, ROWS, D], dk_out.layout),
-        gl.allocate_shared_memory(gl.int32, [1, 8], flat),
-        gl.allocate_shared_memory(gl.int32, [STAGES, 1], flat),
-        gl.allocate_shared_memory(gl.float32, [STAGES, 1], flat),
+        gl.allocate_shared_memory(k.dtype, [ITEMS * CONSUMERS, 1, 1, ROWS, D], k.layout),
+        gl.allocate_shared_memory(k.dtype, [ITEMS * CONSUMERS, 1, 1, ROWS, D], v.layout),
+        gl.allocate_shared_memory(gl.int32, [ITEMS, 8], flat),
+        step_buffers(q, grad_out, lse2, delta, M, D, STAGES),
     )
-    kv_full, kv_free = barriers(1, CONSUMERS)
-    q_full, q_free = barriers(STAGES, CONSUMERS)
-    g_full, g_free = barriers(STAGES, CONSUMERS)
-    signals = (kv_full, kv_free, q_full, q_free, g_full, g_free)
+    kv_full, kv_free = barriers(ITEMS, CONSUMERS)
+    full, free = barriers(STAGES, CONSUMERS)
+    signals = (kv_full, kv_free, full, free)
     fence_async_shared()
-    loads = (q, grad_out, k, v, lse2, delta)
+    loads = (k, v, (q, grad_out, lse2, delta))
     counts = (item_count, first_count, reps, heads, layout_heads, group, k_blocks, works)
     walk = (counter, items, others, counts)
     bias = (tile_bias, edges, st_b, st_h)

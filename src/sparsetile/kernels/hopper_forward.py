@@ -30,6 +30,7 @@ from sparsetile.kernels.hopper_tiles import (
     tell_end,
     told,
 )
+from sparsetile.kernels.triton_tiles import COUNTS
 
 
 # fmt: off
@@ -259,7 +260,7 @@ def consumer(
 
 
 # fmt: off
-@gluon.jit
+@gluon.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     q, k, v, out, lse, part_out, part_lse, tile_bias, edges, counter, items, others, mask_ids, masks,
     st_b, st_h, item_count, first_count, reps, heads, layout_heads, group, q_len, q_blocks, works, scale,

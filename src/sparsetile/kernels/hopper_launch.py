@@ -9,7 +9,14 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from sparsetile.kernels import hopper_columns, hopper_forward, hopper_rows, triton_backward, triton_forward
+from sparsetile.kernels import (
+    hopper_columns,
+    hopper_five,
+    hopper_forward,
+    hopper_rows,
+    triton_backward,
+    triton_forward,
+)
 from sparsetile.kernels.request import Request
 from sparsetile.kernels.triton_config import Target
 from sparsetile.kernels.triton_launch import (
@@ -34,17 +41,26 @@ ROWS = 64  # queries, or keys, of a consumer
 
 
 class Depth(NamedTuple):
-    """How many tiles (steps, for columns) and how many items lie in shared memory at a time."""
+    """How many tiles and how many items lie in shared memory at a time."""
 
     stages: int
     items: int = 1
 
 
-# By block and head_dim; what fits. Columns hold one item.
+class Steps(NamedTuple):
+    """How many steps of the columns lie in shared memory at a time, and how many queries a step has."""
+
+    stages: int
+    queries: int = 64
+
+
+# By block and head_dim; what fits. Two programs of blocks of 64 share a multiprocessor; of wide heads they
+# have registers for 32 queries.
 FORWARD = {(128, 64): Depth(4, 2), (128, 128): Depth(2, 2), (64, 64): Depth(3, 2), (64, 128): Depth(2, 2)}
 BACKWARD_ROWS = {(128, 64): Depth(4, 2), (128, 128): Depth(2), (64, 64): Depth(3), (64, 128): Depth(2)}
-BACKWARD_COLUMNS = {(128, 64): Depth(4), (128, 128): Depth(4), (64, 64): Depth(3), (64, 128): Depth(2)}
-STEP = 64  # queries of a step of the columns
+BACKWARD_COLUMNS = {(128, 64): Steps(4), (128, 128): Steps(3), (64, 64): Steps(4), (64, 128): Steps(2, 32)}
+BACKWARD_FIVE = {64: Steps(2, 128), 128: Steps(2)}  # columns and dQ in one kernel; blocks of 128
+_SCALED_ENTRIES = 4096  # of dQ's sum that a program scales
 
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
 
@@ -57,18 +73,22 @@ def _described(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, x.shape[3]], swizzled)
 
 
-def _line(x: Tensor, length: int) -> TensorDescriptor:
+def _summed(x: Tensor) -> TensorDescriptor:
+    """fp32 ``[B, H, N, D]``, contiguous, for additions of 64×64 entries."""
+    swizzled = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, ROWS, 64], swizzled)
+
+
+def _line(x: Tensor, length: int, step: int) -> TensorDescriptor:
     """fp32 ``[B, H, pitch]``, of which ``length`` are real: what lies behind arrives as 0."""
     plain = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
     strides = [x.stride(0), x.stride(1), 1]
-    return TensorDescriptor(x, [*x.shape[:2], length], strides, [1, 1, STEP], plain)
+    return TensorDescriptor(x, [*x.shape[:2], length], strides, [1, 1, step], plain)
 
 
-def _walked(
-    plan: Schedule, owners: Owners, request: Request, tile_bias: Tensor | None, q: Tensor, k: Tensor
-) -> dict[str, Any]:
+def _walked(plan: Schedule, owners: Owners, request: Request, q: Tensor, k: Tensor) -> dict[str, Any]:
     """What every kernel takes of a schedule, a layout and a tile bias."""
-    layout = request.layout
+    layout, tile_bias = request.layout, features_of(request)[2]
     biased = tile_bias is not None and plan.edges.numel() > 0
     return {
         "tile_bias": tile_bias,
@@ -114,9 +134,8 @@ def forward_launches(
     owners = Owners.of(layout, q.shape[0], q.shape[1])
     plan = scheduled(layout, "rows", owners, target)
     depth = FORWARD[layout.block_q, q.shape[3]]
-    rows = plan.slots * owners.reps * layout.block_q
-    part_out = q.new_empty((rows, q.shape[3]), dtype=torch.float32) if rows else None
-    part_lse = q.new_empty(rows, dtype=torch.float32) if rows else None
+    part_out = _parts(plan, owners, layout.block_q, q)
+    part_lse = None if part_out is None else part_out.new_empty(len(part_out))
     arguments = {
         "q": _described(q, ROWS),
         "k": _described(k, layout.block_k),
@@ -125,7 +144,7 @@ def forward_launches(
         "lse": lse,
         "part_out": part_out,
         "part_lse": part_lse,
-        **_walked(plan, owners, request, request.tile_bias, q, k),
+        **_walked(plan, owners, request, q, k),
         "counter": torch.zeros(1, dtype=torch.int32, device=q.device),
         "heads": q.shape[1],
         "q_len": layout.q_len,
@@ -148,6 +167,12 @@ def forward_launches(
     return launches
 
 
+def _five(request: Request, dim: int) -> bool:
+    """Whether backward runs in five products a tile, dQ added up in fp32; else in seven, without that sum."""
+    # With a tile bias the kernel spills at head_dim 64.
+    return not request.lean and request.layout.block_q == 128 and (dim == 128 or request.tile_bias is None)
+
+
 def backward_launches(
     q: Tensor,
     k: Tensor,
@@ -164,15 +189,11 @@ def backward_launches(
     request: Request,
     target: Target,
 ) -> list[Launch]:
-    """As ``triton_launch.backward_launches``: δ, then the rows, then the columns, then the sums."""
+    """As ``triton_launch.backward_launches``: δ, then all tiles (in one kernel, or rows and columns), then
+    the sums."""
     layout, heads, dim = request.layout, q.shape[1], q.shape[3]
-    block = layout.block_q
-    tile_bias = features_of(request)[2]
+    block, five = layout.block_q, _five(request, dim)
     out_heads = heads // heads_a_program(k, q, layout, target)
-    row_owners = Owners.of(layout, q.shape[0], heads)
-    column_owners = Owners.of(layout, q.shape[0], out_heads)
-    rows = scheduled(layout, "rows", row_owners, target)
-    columns = scheduled(layout, "columns", column_owners, target)
     names, column_dk, column_dv = {}, dk, dv
     members_dk = members_dv = None
     if out_heads != k.shape[1]:
@@ -181,22 +202,75 @@ def backward_launches(
             q.new_empty((q.shape[0], out_heads, *k.shape[2:]), dtype=torch.float32) for _ in range(2)
         )
         column_dk, column_dv = members_dk, members_dv
-
-    def parts(plan: Schedule, owners: Owners) -> Tensor | None:
-        count = plan.slots * owners.reps * block
-        return q.new_empty((count, dim), dtype=torch.float32) if count else None
-
-    part_dq, part_dk, part_dv = parts(rows, row_owners), parts(columns, column_owners), None
-    part_dv = None if part_dk is None else torch.empty_like(part_dk)
     # Lines of a multiple of 16 bytes, as bulk copies want them.
     pitch = -(-layout.q_len // 4) * 4
     lse2, delta = (
         torch.empty((*lse.shape[:2], pitch), dtype=torch.float32, device=q.device) for _ in range(2)
     )
     row_counter, column_counter = (torch.empty(1, dtype=torch.int32, device=q.device) for _ in range(2))
-    row_depth, column_depth = BACKWARD_ROWS[block, dim], BACKWARD_COLUMNS[block, dim]
+    dq_sum = torch.empty(q.shape, dtype=torch.float32, device=q.device) if five else None
+    tile_sums = {
+        "tile_grad": tile_grad,
+        **strides_of("tg", None if tile_grad is None else tile_grad[0], "bh"),
+        "tile_grad_step": 0 if tile_grad is None else tile_grad[0].numel(),
+    }
     scales = {"scale": float(request.scale), "scale2": request.scale * LOG2E}
-    row_arguments = {
+
+    owners = Owners.of(layout, q.shape[0], out_heads)
+    plan = scheduled(layout, "columns", owners, target)
+    part_dk, part_dv = (_parts(plan, owners, block, q) for _ in range(2))
+    stages, step = BACKWARD_FIVE[dim] if five else BACKWARD_COLUMNS[block, dim]
+    arguments = {
+        "q": _described(q, step),
+        "grad_out": _described(grad_out, step),
+        "k": _described(k, block if five else ROWS),
+        "v": _described(v, block if five else ROWS),
+        "lse2": _line(lse2, layout.q_len, step),
+        "delta": _line(delta, layout.q_len, step),
+        "dk_out": _described(dk, ROWS),
+        "dv_out": _described(dv, ROWS),
+        "part_dk": part_dk,
+        "part_dv": part_dv,
+        "members_dk": members_dk,
+        "members_dv": members_dv,
+        "counter": column_counter,
+        **_walked(plan, owners, request, q, k),
+        "heads": out_heads,
+        "k_len": layout.k_len,
+        "k_blocks": layout.k_blocks,
+        **scales,
+        "M": step,
+        "STAGES": stages,
+        "MEMBERS": heads // out_heads,
+    }
+    kernel = hopper_columns.columns_kernel
+    if dq_sum is not None:
+        kernel = hopper_five.five_kernel
+        arguments |= {"dq_sum": _summed(dq_sum), **tile_sums}
+    of_columns = {"heads": out_heads, "length": layout.k_len, "blocks": layout.k_blocks, "BLOCK": block}
+    columns = [_launch(kernel, arguments, layout, target, {"counter": "column_counter"})]
+    for name, part, into in (("dk", part_dk, column_dk), ("dv", part_dv, column_dv)):
+        if part is not None:
+            called = {"parts": f"part_{name}", "out": names.get(name, f"{name}_out")}
+            tensors = {"parts": part, "out": into}
+            columns.append(
+                combining(triton_backward.sum_kernel, tensors, of_columns, plan, owners, layout, dim, called)
+            )
+    if members_dk is not None and members_dv is not None:
+        columns.append(group_sum(members_dk, members_dv, dk, dv))
+    begin = delta_launch(grad_out, out, lse, grad_lse, lse2, delta, row_counter, column_counter, dq_sum)
+    if dq_sum is not None:
+        entries = {"entries": dq.numel(), "scale": float(request.scale), "ENTRIES": _SCALED_ENTRIES}
+        programs = -(-dq.numel() // _SCALED_ENTRIES)
+        tensors = {"dq_sum": dq_sum, "dq_out": dq}
+        end = Launch(triton_backward.scaled_kernel, programs, {**tensors, **entries}, {"num_warps": 8})
+        return [begin, *columns, end]
+
+    owners = Owners.of(layout, q.shape[0], heads)
+    plan = scheduled(layout, "rows", owners, target)
+    part_dq = _parts(plan, owners, block, q)
+    depth = BACKWARD_ROWS[block, dim]
+    arguments = {
         "q": _described(q, ROWS),
         "grad_out": _described(grad_out, ROWS),
         "k": _described(k, block),
@@ -205,61 +279,29 @@ def backward_launches(
         "lse2": lse2,
         "delta": delta,
         "part_dq": part_dq,
-        "tile_grad": tile_grad,
         "counter": row_counter,
-        **_walked(rows, row_owners, request, tile_bias, q, k),
-        **strides_of("tg", None if tile_grad is None else tile_grad[0], "bh"),
-        "tile_grad_step": 0 if tile_grad is None else tile_grad[0].numel(),
+        **tile_sums,
+        **_walked(plan, owners, request, q, k),
         "heads": heads,
         "q_len": layout.q_len,
         "q_blocks": layout.q_blocks,
         "pitch": pitch,
         **scales,
-        "STAGES": row_depth.stages,
-        "QS": row_depth.items,
+        "STAGES": depth.stages,
+        "QS": depth.items,
     }
-    column_arguments = {
-        "q": _described(q, STEP),
-        "grad_out": _described(grad_out, STEP),
-        "k": _described(k, ROWS),
-        "v": _described(v, ROWS),
-        "lse2": _line(lse2, layout.q_len),
-        "delta": _line(delta, layout.q_len),
-        "dk_out": _described(dk, ROWS),
-        "dv_out": _described(dv, ROWS),
-        "part_dk": part_dk,
-        "part_dv": part_dv,
-        "members_dk": members_dk,
-        "members_dv": members_dv,
-        "counter": column_counter,
-        **_walked(columns, column_owners, request, tile_bias, q, k),
-        "heads": out_heads,
-        "k_len": layout.k_len,
-        "k_blocks": layout.k_blocks,
-        **scales,
-        "M": STEP,
-        "STAGES": column_depth.stages,
-        "MEMBERS": heads // out_heads,
-    }
-    launches = [
-        delta_launch(grad_out, out, lse, grad_lse, lse2, delta, row_counter, column_counter),
-        _launch(hopper_rows.rows_kernel, row_arguments, layout, target, {"counter": "row_counter"}),
-        _launch(
-            hopper_columns.columns_kernel, column_arguments, layout, target, {"counter": "column_counter"}
-        ),
-    ]
-    of_rows = {"heads": heads, "length": layout.q_len, "blocks": layout.q_blocks, "BLOCK": block}
-    of_columns = {"heads": out_heads, "length": layout.k_len, "blocks": layout.k_blocks, "BLOCK": block}
-    for name, part, into, sizes, plan, owners in (
-        ("dq", part_dq, dq, of_rows, rows, row_owners),
-        ("dk", part_dk, column_dk, of_columns, columns, column_owners),
-        ("dv", part_dv, column_dv, of_columns, columns, column_owners),
-    ):
-        if part is not None:
-            called = {"parts": f"part_{name}", "out": names.get(name, f"{name}_out")}
-            tensors = {"parts": part, "out": into}
-            kernel = triton_backward.sum_kernel
-            launches.append(combining(kernel, tensors, sizes, plan, owners, layout, dim, called))
-    if members_dk is not None and members_dv is not None:
-        launches.append(group_sum(members_dk, members_dv, dk, dv))
-    return launches
+    rows = [_launch(hopper_rows.rows_kernel, arguments, layout, target, {"counter": "row_counter"})]
+    if part_dq is not None:
+        of_rows = {"heads": heads, "length": layout.q_len, "blocks": layout.q_blocks, "BLOCK": block}
+        called = {"parts": "part_dq", "out": "dq_out"}
+        tensors = {"parts": part_dq, "out": dq}
+        rows.append(
+            combining(triton_backward.sum_kernel, tensors, of_rows, plan, owners, layout, dim, called)
+        )
+    return [begin, *rows, *columns]
+
+
+def _parts(plan: Schedule, owners: Owners, block: int, q: Tensor) -> Tensor | None:
+    """fp32 lines for the parts of split rows, or columns."""
+    count = plan.slots * owners.reps * block
+    return q.new_empty((count, q.shape[3]), dtype=torch.float32) if count else None

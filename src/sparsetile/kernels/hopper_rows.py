@@ -28,6 +28,7 @@ from sparsetile.kernels.hopper_tiles import (
     tell_end,
     told,
 )
+from sparsetile.kernels.triton_tiles import COUNTS
 
 
 # fmt: off
@@ -95,9 +96,9 @@ def warps_of(x):
 
 
 @gluon.jit
-def keep_sums(into, first, step, ds):
-    """Stores the sum of each warp's 16 rows of ds, as parts ``first`` … of a tile's bias's gradient."""
-    sums = gl.sum(gl.reshape(gl.sum(ds, 1), [4, ROWS // 4]), 1)
+def keep_sums(into, first, step, row_sums):
+    """Stores the sums of each warp's 16 rows as parts ``first`` … of a tile's bias's gradient."""
+    sums = gl.sum(gl.reshape(row_sums, [4, ROWS // 4]), 1)
     gl.store(into + (first + warps_of(sums)).to(gl.int64) * step, sums)
 
 
@@ -168,7 +169,7 @@ def consumer(
             p = p * (d - delta_row[:, None])
             if tile_grad is not None:
                 into = tile_grad + batch.to(gl.int64) * stg_b + head.to(gl.int64) * stg_h
-                keep_sums(into + noted(edge_s, stage), C * 4, step, p)
+                keep_sums(into + noted(edge_s, stage), C * 4, step, gl.sum(p, 1))
             ds = gl.convert_layout(p.to(kind), P)
             acc = warpgroup_mma(ds, k, acc)
             mbarrier.arrive(k_free.index(stage), count=1)
@@ -196,7 +197,7 @@ def consumer(
 
 
 # fmt: off
-@gluon.jit
+@gluon.jit(do_not_specialize=COUNTS)
 def rows_kernel(
     q, grad_out, k, v, dq_out, lse2, delta, part_dq, tile_bias, edges, tile_grad, counter, items, others,
     mask_ids, masks, st_b, st_h, stg_b, stg_h, tile_grad_step, item_count, first_count, reps, heads,

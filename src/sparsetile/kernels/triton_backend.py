@@ -153,7 +153,7 @@ def backward_by(
     lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.float().contiguous()
     inputs = (q, k, v, out, lse, grad_out, grad_lse, *plan.features_of(request))
     named = (plan.__name__, "backward", q.get_device(), request.scale, request.dropout_p)
-    kind, pointers = kind_of(inputs, *named, tile_bias_grad, attn_bias_grad)
+    kind, pointers = kind_of(inputs, *named, request.lean, tile_bias_grad, attn_bias_grad)
     recordings = recordings_of(layout)
     known = None if overridden() else recordings.get(kind)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (q, k, v))

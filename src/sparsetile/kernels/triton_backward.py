@@ -17,14 +17,15 @@ from sparsetile.kernels.triton_tiles import COUNTS, LOG2E, item_of, load_tile, p
 # fmt: off
 @triton.jit(do_not_specialize=COUNTS)
 def delta_kernel(
-    grad_out, out, lse, grad_lse, lse2, delta, row_counter, column_counter, sg_b, sg_h, sg_n, so_b, so_h,
-    so_n, heads, q_len, pitch,
+    grad_out, out, lse, grad_lse, lse2, delta, dq_sum, row_counter, column_counter, sg_b, sg_h, sg_n, so_b,
+    so_h, so_n, heads, q_len, pitch,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr,
 ):
     # fmt: on
     """δ and the LSE in base 2, fp32 ``[B, H, pitch]``; a row without keys gets LSE +inf, so P is 0 there.
 
-    Where the kernels that come next draw their work from counters, these begin at 0.
+    Where the kernels that come next add up dQ (fp32 ``[B, H, Nq, D]``) or draw their work from counters,
+    those begin at 0.
     """
     blocks = tl.cdiv(q_len, M)
     program = tl.program_id(0)
@@ -48,9 +49,16 @@ def delta_kernel(
     at = owner.to(tl.int64) * pitch + query0 + queries
     tl.store(lse2 + at, tl.where(empty, float("inf"), row_lse * LOG2E), mask=ok)
     tl.store(delta + at, tl.where(empty, 0.0, row_delta), mask=ok)
-    if row_counter is not None and program == 0:
-        tl.store(row_counter, 0)
-        tl.store(column_counter, 0)
+    if dq_sum is not None:
+        first = (owner.to(tl.int64) * q_len + query0) * D
+        zeros = tl.zeros((M, BLOCK_D), tl.float32)
+        places = queries[:, None] * D + dims[None, :]
+        tl.store(dq_sum + first + places, zeros, mask=ok[:, None] & (dims < D)[None, :])
+    if program == 0:
+        if row_counter is not None:
+            tl.store(row_counter, 0)
+        if column_counter is not None:
+            tl.store(column_counter, 0)
 
 
 @triton.jit
@@ -190,3 +198,11 @@ def group_sum_kernel(
         dv += tl.load(members_dv + here, mask=ok, other=0.0)
     tl.store(dk_out + line * entries + at, dk.to(dk_out.dtype.element_ty), mask=ok)
     tl.store(dv_out + line * entries + at, dv.to(dv_out.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=("entries",))
+def scaled_kernel(dq_sum, dq_out, entries, scale, ENTRIES: tl.constexpr):
+    """dq_out = scale · dq_sum, both contiguous; the sum is fp32."""
+    at = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    total = tl.load(dq_sum + at, mask=at < entries, other=0.0)
+    tl.store(dq_out + at, (total * scale).to(dq_out.dtype.element_ty), mask=at < entries)

@@ -297,9 +297,10 @@ def delta_launch(
     delta: Tensor,
     row_counter: Tensor | None = None,
     column_counter: Tensor | None = None,
+    dq_sum: Tensor | None = None,
 ) -> Launch:
-    """The launch that fills ``lse2`` and ``delta``, fp32 ``[B, H, ≥ Nq]``, and sets the counters to 0; the
-    LSEs are contiguous fp32."""
+    """The launch that fills ``lse2`` and ``delta``, fp32 ``[B, H, ≥ Nq]``, and sets the counters and
+    ``dq_sum`` to 0; the LSEs are contiguous fp32."""
     batch, heads, q_len, dim = out.shape
     height = 64 if dim <= 128 else 32
     arguments = {
@@ -309,6 +310,7 @@ def delta_launch(
         "grad_lse": grad_lse,
         "lse2": lse2,
         "delta": delta,
+        "dq_sum": dq_sum,
         "row_counter": row_counter,
         "column_counter": column_counter,
         **strides_of("g", grad_out, "bhn"),

@@ -32,7 +32,7 @@ _OF_LAYOUT = frozenset(
 _SCRATCH = frozenset(
     (
         *("part_out", "part_lse", "part_dk", "part_dv", "part_dq", "members_dk", "members_dv"),
-        *("lse2", "delta", "row_counter", "column_counter"),
+        *("lse2", "delta", "dq_sum", "row_counter", "column_counter"),
     )
 )
 _COUNTER = "counter"

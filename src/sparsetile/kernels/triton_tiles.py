@@ -10,7 +10,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 COUNTS = [
     "item_count", "first_count", "split_count", "reps", "heads", "layout_heads", "group", "q_len", "k_len",
     "length", "q_blocks", "k_blocks", "blocks", "threshold", "tile_grad_step", "row_item_count",
-    "row_first_count", "column_item_count", "column_first_count", "skt_h",
+    "row_first_count", "column_item_count", "column_first_count", "skt_h", "pitch", "works",
 ]  # fmt: skip
 """Arguments that differ from layout to layout: specialising on them would compile again and gain nothing."""
 
