@@ -72,8 +72,9 @@ def markdown(result: dict[str, Any]) -> str:
 def floor_ms(case: Row, density: float, ceilings: dict[str, float], phase: str) -> float:
     """No kernel can be faster: the tiles' products at the measured rate of a matrix product, or q, k, v and
     out moved once at that of a copy, whichever takes longer; backward 2.5 times the one, twice the other."""
-    size = case["batch"] * case["heads"] * case["length"] * case["head_dim"]
-    work = 4 * size * case["length"] * density * (1.0 if phase == "forward" else 2.5)
+    size: int = case["batch"] * case["heads"] * case["length"] * case["head_dim"]
+    length: int = case["length"]
+    work = 4 * size * length * density * (1.0 if phase == "forward" else 2.5)
     moved = 4 * size * (4 if case["dtype"] == "float32" else 2) * (1 if phase == "forward" else 2)
     return max(work / ceilings["flops"], moved / ceilings["bytes"]) * 1e3
 
