@@ -37,6 +37,7 @@ NOTHING = Launch(None, 0, {}, {})
 @pytest.fixture(autouse=True)
 def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(hopper_backend, "device_problem", lambda device: None)
+    monkeypatch.setattr(hopper_launch, "LONG_ROW", 0)
     with emulated(hopper_tiles, hopper_forward, hopper_rows, hopper_columns, hopper_five):
         yield
 
@@ -113,6 +114,7 @@ def test_group_summed_inside_the_program(monkeypatch: pytest.MonkeyPatch, block:
         ({}, True),
         ({"lean": True}, False),
         ({"block": 64}, False),
+        ({"long": 3}, False),
         ({"features": {"tile_bias"}}, False),
         ({"features": {"tile_bias"}, "head_dim": 128}, True),
     ],
@@ -120,7 +122,8 @@ def test_group_summed_inside_the_program(monkeypatch: pytest.MonkeyPatch, block:
 def test_which_form_of_backward_serves(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], five: bool
 ) -> None:
-    given = {"block": 128, "head_dim": 64, "features": set(), "lean": False, **change}
+    given = {"block": 128, "head_dim": 64, "features": set(), "lean": False, "long": 0, **change}
+    monkeypatch.setattr(hopper_launch, "LONG_ROW", given["long"])
     case = case_of(given["block"], given["head_dim"], given["features"])
     kernels: list[str] = []
     monkeypatch.setattr(
