@@ -114,7 +114,7 @@ def test_group_summed_inside_the_program(monkeypatch: pytest.MonkeyPatch, block:
         ({}, True),
         ({"lean": True}, False),
         ({"block": 64}, False),
-        ({"long": 3}, False),
+        ({"long": 4}, False),
         ({"features": {"tile_bias"}}, False),
         ({"features": {"tile_bias"}, "head_dim": 128}, True),
     ],
