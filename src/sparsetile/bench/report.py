@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from sparsetile.kernels.select import BACKENDS
 from sparsetile.viz import byte_size, tokens
 
 Row = dict[str, Any]
@@ -207,7 +208,7 @@ def _lines_over_length(
                     color=colours[rival],
                     marker="o" if head_dim < 128 else "s",
                     markersize=3.5,
-                    linewidth=2 if rival in ("cpu", "triton") else 1.1,
+                    linewidth=2 if rival in BACKENDS else 1.1,
                 )
                 text = rival + ("" if density is None else f", {density:g}") + f", D{head_dim}"
                 labels.setdefault(text, line)

@@ -1,7 +1,8 @@
 """The backend for Hopper (compute capability 9.0): bulk copies, asynchronous products, persistent programs.
 
-Serves the common case, forward and backward; ``why_not`` says what is left to the Triton backend. Gradients
-need no atomics: two runs give the same bits.
+Serves the common case, forward and backward; ``why_not`` says what is left to the Triton backend. Backward
+has two forms, of which ``Request.lean`` asks for the one that gives the same bits every run
+(``hopper_launch``).
 """
 
 from __future__ import annotations
