@@ -115,6 +115,7 @@ def test_group_summed_inside_the_program(monkeypatch: pytest.MonkeyPatch, block:
         ({"lean": True}, False),
         ({"block": 64}, False),
         ({"long": 4}, False),
+        ({"most": 200}, False),
         ({"features": {"tile_bias"}}, False),
         ({"features": {"tile_bias"}, "head_dim": 128}, True),
     ],
@@ -122,8 +123,9 @@ def test_group_summed_inside_the_program(monkeypatch: pytest.MonkeyPatch, block:
 def test_which_form_of_backward_serves(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], five: bool
 ) -> None:
-    given = {"block": 128, "head_dim": 64, "features": set(), "lean": False, "long": 0, **change}
+    given = {"block": 128, "head_dim": 64, "features": set(), "lean": False, "long": 0, "most": 247, **change}
     monkeypatch.setattr(hopper_launch, "LONG_ROW", given["long"])
+    monkeypatch.setattr(hopper_launch, "MOST_QUERIES", given["most"])
     case = case_of(given["block"], given["head_dim"], given["features"])
     kernels: list[str] = []
     monkeypatch.setattr(

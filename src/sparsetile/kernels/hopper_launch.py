@@ -61,6 +61,7 @@ BACKWARD_ROWS = {(128, 64): Depth(4, 2), (128, 128): Depth(2), (64, 64): Depth(3
 BACKWARD_COLUMNS = {(128, 64): Steps(4), (128, 128): Steps(3), (64, 64): Steps(4), (64, 128): Steps(2, 32)}
 BACKWARD_FIVE = {64: Steps(2, 128), 128: Steps(2)}  # columns and dQ in one kernel; blocks of 128
 _SCALED_ENTRIES = 4096  # of dQ's sum that a program scales
+MOST_QUERIES = 2**24  # of five products: past them the kernel puts what is nobody's dQ
 LONG_ROW = 8  # tiles a row, on average, from which on five products are faster
 
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
@@ -173,8 +174,8 @@ def _five(request: Request, dim: int) -> bool:
     # Short rows do not earn what the sum costs. With a tile bias the kernel spills at head_dim 64.
     layout = request.layout
     long = layout.capacity >= LONG_ROW * (layout.indptr.numel() - 1)
-    fits = layout.block_q == 128 and (dim == 128 or request.tile_bias is None)
-    return long and fits and not request.lean
+    fits = layout.block_q == 128 and layout.q_len <= MOST_QUERIES
+    return long and fits and not request.lean and (dim == 128 or request.tile_bias is None)
 
 
 def backward_launches(
