@@ -32,6 +32,8 @@ def _one(
             world_size=world,
             timeout=timedelta(seconds=60),
         )
+        # If a rank left at once, those that still connect to it would fail.
+        dist.barrier()
         # As bytes: tensors would else be shared memory, which goes with this process.
         queue.put(pickle.dumps((rank, function(rank, world, *args), None)))
         dist.destroy_process_group()

@@ -35,7 +35,9 @@ def short_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
 ASKED = {"tile_bias_grad": False, "attn_bias_grad": False}
 
 
-@pytest.mark.parametrize(("head_dim", "dtype", "block", "feature"), itertools.product(*SERVED["hopper"]))
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "block", "feature"), list(itertools.product(*SERVED["hopper"]))
+)
 def test_cells(head_dim: int, dtype: str, block: int, feature: str) -> None:
     for lean in (False, True):
         result = cell(head_dim, dtype, block, feature, name="hopper", lean=lean)
