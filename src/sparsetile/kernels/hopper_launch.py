@@ -15,7 +15,6 @@ from sparsetile.kernels import (
     hopper_forward,
     hopper_rows,
     triton_backward,
-    triton_forward,
 )
 from sparsetile.kernels.request import Request
 from sparsetile.kernels.triton_config import Target
@@ -23,13 +22,15 @@ from sparsetile.kernels.triton_launch import (
     LOG2E,
     Launch,
     Owners,
-    combining,
+    combine_launch,
     delta_launch,
     features_of,
     group_sum,
     heads_a_program,
+    parts_of,
     scheduled,
     strides_of,
+    sum_launch,
     tile_grad_parts,
 )
 from sparsetile.layout.blocks import BlockLayout
@@ -136,7 +137,7 @@ def forward_launches(
     owners = Owners.of(layout, q.shape[0], q.shape[1])
     plan = scheduled(layout, "rows", owners, target)
     depth = FORWARD[layout.block_q, q.shape[3]]
-    part_out = _parts(plan, owners, layout.block_q, q)
+    part_out = parts_of(plan, owners, layout, q)
     part_lse = None if part_out is None else part_out.new_empty(len(part_out))
     arguments = {
         "q": _described(q, ROWS),
@@ -156,16 +157,8 @@ def forward_launches(
         "QS": depth.items,
     }
     launches = [_launch(hopper_forward.forward_kernel, arguments, layout, target, {})]
-    if part_out is not None:
-        sizes = {
-            "heads": q.shape[1],
-            "q_len": layout.q_len,
-            "q_blocks": layout.q_blocks,
-            "BLOCK_Q": layout.block_q,
-        }
-        tensors = {"part_out": part_out, "part_lse": part_lse, "out": out, "lse": lse}
-        combine = triton_forward.combine_kernel
-        launches.append(combining(combine, tensors, sizes, plan, owners, layout, q.shape[3]))
+    if part_out is not None and part_lse is not None:
+        launches.append(combine_launch(part_out, part_lse, out, lse, plan, owners, layout))
     return launches
 
 
@@ -223,7 +216,7 @@ def backward_launches(
 
     owners = Owners.of(layout, q.shape[0], out_heads)
     plan = scheduled(layout, "columns", owners, target)
-    part_dk, part_dv = (_parts(plan, owners, block, q) for _ in range(2))
+    part_dk, part_dv = (parts_of(plan, owners, layout, q) for _ in range(2))
     stages, step = BACKWARD_FIVE[dim] if five else BACKWARD_COLUMNS[block, dim]
     arguments = {
         "q": _described(q, step),
@@ -252,15 +245,11 @@ def backward_launches(
     if dq_sum is not None:
         kernel = hopper_five.five_kernel
         arguments |= {"dq_sum": _summed(dq_sum), **tile_sums}
-    of_columns = {"heads": out_heads, "length": layout.k_len, "blocks": layout.k_blocks, "BLOCK": block}
     columns = [_launch(kernel, arguments, layout, target, {"counter": "column_counter"})]
     for name, part, into in (("dk", part_dk, column_dk), ("dv", part_dv, column_dv)):
         if part is not None:
-            called = {"parts": f"part_{name}", "out": names.get(name, f"{name}_out")}
-            tensors = {"parts": part, "out": into}
-            columns.append(
-                combining(triton_backward.sum_kernel, tensors, of_columns, plan, owners, layout, dim, called)
-            )
+            filled = names.get(name, f"{name}_out")
+            columns.append(sum_launch(name, part, into, plan, owners, layout, filled))
     if members_dk is not None and members_dv is not None:
         columns.append(group_sum(members_dk, members_dv, dk, dv))
     begin = delta_launch(grad_out, out, lse, grad_lse, lse2, delta, row_counter, column_counter, dq_sum)
@@ -273,7 +262,7 @@ def backward_launches(
 
     owners = Owners.of(layout, q.shape[0], heads)
     plan = scheduled(layout, "rows", owners, target)
-    part_dq = _parts(plan, owners, block, q)
+    part_dq = parts_of(plan, owners, layout, q)
     depth = BACKWARD_ROWS[block, dim]
     arguments = {
         "q": _described(q, ROWS),
@@ -297,16 +286,5 @@ def backward_launches(
     }
     rows = [_launch(hopper_rows.rows_kernel, arguments, layout, target, {"counter": "row_counter"})]
     if part_dq is not None:
-        of_rows = {"heads": heads, "length": layout.q_len, "blocks": layout.q_blocks, "BLOCK": block}
-        called = {"parts": "part_dq", "out": "dq_out"}
-        tensors = {"parts": part_dq, "out": dq}
-        rows.append(
-            combining(triton_backward.sum_kernel, tensors, of_rows, plan, owners, layout, dim, called)
-        )
+        rows.append(sum_launch("dq", part_dq, dq, plan, owners, layout, "dq_out"))
     return [begin, *rows, *columns]
-
-
-def _parts(plan: Schedule, owners: Owners, block: int, q: Tensor) -> Tensor | None:
-    """fp32 lines for the parts of split rows, or columns."""
-    count = plan.slots * owners.reps * block
-    return q.new_empty((count, q.shape[3]), dtype=torch.float32) if count else None

@@ -195,9 +195,8 @@ def forward_launches(
     plan = scheduled(layout, "rows", owners, target)
     blocks = layout.block_q, layout.block_k
     tiles = forward_tiles(target, q.element_size(), q.shape[-1], *blocks, _work(request))
-    rows = plan.slots * owners.reps * layout.block_q
-    part_out = q.new_empty((rows, q.shape[-1]), dtype=torch.float32) if rows else None
-    part_lse = q.new_empty(rows, dtype=torch.float32) if rows else None
+    part_out = parts_of(plan, owners, layout, q)
+    part_lse = None if part_out is None else part_out.new_empty(len(part_out))
     arguments = {
         **_common(q, k, v, request, owners, target),
         **_walked(plan, request),
@@ -213,27 +212,57 @@ def forward_launches(
     }
     programs = plan.items.shape[1] * owners.reps * (layout.block_q // tiles.queries)
     launches = [Launch(triton_forward.forward_kernel, programs, arguments, _options(tiles))]
-    if part_out is not None:
-        launches.append(
-            combining(
-                triton_forward.combine_kernel,
-                {"part_out": part_out, "part_lse": part_lse, "out": out, "lse": lse},
-                {
-                    "heads": q.shape[1],
-                    "q_len": layout.q_len,
-                    "q_blocks": layout.q_blocks,
-                    "BLOCK_Q": layout.block_q,
-                },
-                plan,
-                owners,
-                layout,
-                q.shape[-1],
-            )
-        )
+    if part_out is not None and part_lse is not None:
+        launches.append(combine_launch(part_out, part_lse, out, lse, plan, owners, layout))
     return launches
 
 
-def combining(
+def parts_of(plan: Schedule, owners: Owners, layout: BlockLayout, q: Tensor) -> Tensor | None:
+    """fp32 lines for the parts of split rows (or columns); None if none is split."""
+    block = layout.block_q if plan.direction == "rows" else layout.block_k
+    count = plan.slots * owners.reps * block
+    return q.new_empty((count, q.shape[-1]), dtype=torch.float32) if count else None
+
+
+def combine_launch(
+    part_out: Tensor,
+    part_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Schedule,
+    owners: Owners,
+    layout: BlockLayout,
+) -> Launch:
+    """The launch that combines the parts of split rows into ``out`` and ``lse``."""
+    tensors = {"part_out": part_out, "part_lse": part_lse, "out": out, "lse": lse}
+    sizes = {
+        "heads": out.shape[1],
+        "q_len": layout.q_len,
+        "q_blocks": layout.q_blocks,
+        "BLOCK_Q": layout.block_q,
+    }
+    return _combining(triton_forward.combine_kernel, tensors, sizes, plan, owners, layout, out.shape[-1])
+
+
+def sum_launch(
+    name: str, part: Tensor, into: Tensor, plan: Schedule, owners: Owners, layout: BlockLayout, filled: str
+) -> Launch:
+    """The launch that sums the parts of gradient ``name`` over split rows (or columns) into ``into``, the
+    tensor that recordings know as ``filled``."""
+    by_rows = plan.direction == "rows"
+    sizes = {
+        "heads": into.shape[1],
+        "length": layout.q_len if by_rows else layout.k_len,
+        "blocks": layout.q_blocks if by_rows else layout.k_blocks,
+        "BLOCK": layout.block_q if by_rows else layout.block_k,
+    }
+    called = {"parts": f"part_{name}", "out": filled}
+    tensors = {"parts": part, "out": into}
+    kernel = triton_backward.sum_kernel
+    return _combining(kernel, tensors, sizes, plan, owners, layout, into.shape[-1], called)
+
+
+def _combining(
     kernel: Any,
     tensors: Mapping[str, Tensor | None],
     sizes: Mapping[str, int],
@@ -348,7 +377,7 @@ def backward_launches(
     All are contiguous, as are ``lse`` and ``grad_lse``, fp32. The biases' gradients come as fp32 zeros,
     ``[tile_grad_parts, B or 1, H or 1, capacity]`` and ``[B, H, Nq, Nk]``.
     """
-    layout, heads, dim = request.layout, q.shape[1], q.shape[-1]
+    layout, heads = request.layout, q.shape[1]
     out_heads = heads // heads_a_program(k, q, layout, target)
     # What the columns fill: the results, or each query head's share of them.
     names, column_dk, column_dv = {}, dk, dv
@@ -363,12 +392,8 @@ def backward_launches(
     columns = scheduled(layout, "columns", column_owners, target)
     tiles = _backward_tiles(q, request, target)
     lse2, delta = (torch.empty_like(lse) for _ in range(2))
-    row_slots = rows.slots * row_owners.reps * layout.block_q
-    column_slots = columns.slots * column_owners.reps * layout.block_k
-    part_dq, part_dk, part_dv = (
-        q.new_empty((slots, dim), dtype=torch.float32) if slots else None
-        for slots in (row_slots, column_slots, column_slots)
-    )
+    part_dq = parts_of(rows, row_owners, layout, q)
+    part_dk, part_dv = (parts_of(columns, column_owners, layout, q) for _ in range(2))
     arguments = {
         **_common(q, k, v, request, column_owners, target),
         **_walked(rows, request, "row_"),
@@ -403,24 +428,14 @@ def backward_launches(
         delta_launch(grad_out, out, lse, grad_lse, lse2, delta),
         Launch(triton_backward.backward_kernel, programs, arguments, _options(tiles), names),
     ]
-    of_rows = {"heads": heads, "length": layout.q_len, "blocks": layout.q_blocks, "BLOCK": layout.block_q}
-    of_columns = {
-        "heads": out_heads,
-        "length": layout.k_len,
-        "blocks": layout.k_blocks,
-        "BLOCK": layout.block_k,
-    }
-    for name, part, into, sizes, plan, owners in (
-        ("dq", part_dq, dq, of_rows, rows, row_owners),
-        ("dk", part_dk, column_dk, of_columns, columns, column_owners),
-        ("dv", part_dv, column_dv, of_columns, columns, column_owners),
+    for name, part, into, plan, owners in (
+        ("dq", part_dq, dq, rows, row_owners),
+        ("dk", part_dk, column_dk, columns, column_owners),
+        ("dv", part_dv, column_dv, columns, column_owners),
     ):
         if part is not None:
-            tensors = {"parts": part, "out": into}
-            called = {"parts": f"part_{name}", "out": names.get(f"{name}_out", f"{name}_out")}
-            launches.append(
-                combining(triton_backward.sum_kernel, tensors, sizes, plan, owners, layout, dim, called)
-            )
+            filled = names.get(f"{name}_out", f"{name}_out")
+            launches.append(sum_launch(name, part, into, plan, owners, layout, filled))
     if names:
         launches.append(group_sum(column_dk, column_dv, dk, dv))
     return launches
