@@ -107,7 +107,7 @@ def _walked(plan: Schedule, owners: Owners, request: Request, q: Tensor, k: Tens
         "reps": owners.reps,
         "layout_heads": layout.heads,
         "group": q.shape[1] // k.shape[1],
-        "D": q.shape[3],
+        "BLOCK_D": q.shape[3],
         "BLOCK_Q": layout.block_q,
         "BLOCK_K": layout.block_k,
         "PARTIAL": layout.masks.shape[0] > 0,
