@@ -165,21 +165,22 @@ def weights(
 
 
 @gluon.jit
-def store_wide(dk_to, dv_to, at, dk, dv, rows_left, O: gl.constexpr):
-    """Stores fp32 dk and dv from row ``at`` of buffers as wide as they are, as far as rows are left."""
+def store_wide(dk_to, dv_to, at, dk, dv, rows_left, D: gl.constexpr, O: gl.constexpr):
+    """Stores fp32 dk and dv from row ``at`` of lines of D entries, of which they may have more, as far as
+    rows are left."""
     rows = gl.arange(0, dk.shape[0], layout=gl.SliceLayout(1, O))[:, None]
     dims = gl.arange(0, dk.shape[1], layout=gl.SliceLayout(0, O))[None, :]
-    offsets = at * dk.shape[1] + rows * dk.shape[1] + dims
-    gl.store(dk_to + offsets, dk, mask=(rows < rows_left) & (dims >= 0))
-    gl.store(dv_to + offsets, dv, mask=(rows < rows_left) & (dims >= 0))
+    offsets = at * D + rows * D + dims
+    gl.store(dk_to + offsets, dk, mask=(rows < rows_left) & (dims < D))
+    gl.store(dv_to + offsets, dv, mask=(rows < rows_left) & (dims < D))
 
 
 # fmt: off
 @gluon.jit
 def consumer(
     C: gl.constexpr, tensors, bias, buffers, signals,
-    BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr,
-    STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
 ):
     # fmt: on
     dk_out, dv_out, part_dk, part_dv, members_dk, members_dv = tensors[:6]
@@ -263,11 +264,11 @@ def consumer(
             if slot >= 0:
                 whole = False
                 at = (slot.to(gl.int64) * reps + rep) * BLOCK_K + C * ROWS
-                store_wide(part_dk, part_dv, at, dk, dv, ROWS, O)
+                store_wide(part_dk, part_dv, at, dk, dv, ROWS, D, O)
         if whole:
             if members_dk is not None:
                 at = (batch * heads + head).to(gl.int64) * k_len + key0
-                store_wide(members_dk, members_dv, at, dk, dv, k_len - key0, O)
+                store_wide(members_dk, members_dv, at, dk, dv, k_len - key0, D, O)
             else:
                 own = buffer * CONSUMERS + C
                 v_s.index(own).reshape([ROWS, BLOCK_D]).store(dv.to(kind))
@@ -287,9 +288,10 @@ def columns_kernel(
     q, grad_out, k, v, lse2, delta, dk_out, dv_out, part_dk, part_dv, members_dk, members_dv,
     tile_bias, edges, counter, items, others, mask_ids, masks, st_b, st_h, item_count, first_count, reps,
     heads, layout_heads, group, k_len, k_blocks, works, scale, scale2,
-    BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr,
-    STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr,
-    HEADS_SHARED: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
+    BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr, REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):
     # fmt: on
     """Items are columns of the layout. q, grad_out, k, v, dk_out and dv_out are TMA descriptors of
@@ -319,16 +321,16 @@ def columns_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consumer, (gl.constexpr(0), stores, bias, buffers, signals,
-                        BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
             (consumer, (gl.constexpr(1), stores, bias, buffers, signals,
-                        BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
             (producer, (loads, walk, bias, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, BATCH_SHARED, HEADS_SHARED)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
             (consumer, (gl.constexpr(0), stores, bias, buffers, signals,
-                        BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
             (producer, (loads, walk, bias, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, BATCH_SHARED, HEADS_SHARED)),
         ], [1], [PRODUCER_REGISTERS])

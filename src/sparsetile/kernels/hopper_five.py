@@ -118,8 +118,8 @@ def send_dq(C: gl.constexpr, dq, dq_sum, dq_s, batch, head, query0, BLOCK_D: gl.
 @gluon.jit
 def consumer(
     C: gl.constexpr, tensors, bias, bias_grad, buffers, signals,
-    BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr,
-    STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
 ):
     # fmt: on
     dk_out, dv_out, dq_sum, part_dk, part_dv, members_dk, members_dv = tensors[:7]
@@ -246,11 +246,11 @@ def consumer(
             if slot >= 0:
                 whole = False
                 at = (slot.to(gl.int64) * reps + rep) * BLOCK_K + C * ROWS
-                store_wide(part_dk, part_dv, at, dk, dv, ROWS, O)
+                store_wide(part_dk, part_dv, at, dk, dv, ROWS, D, O)
         if whole:
             if members_dk is not None:
                 at = (batch * heads + head).to(gl.int64) * k_len + key0
-                store_wide(members_dk, members_dv, at, dk, dv, k_len - key0, O)
+                store_wide(members_dk, members_dv, at, dk, dv, k_len - key0, D, O)
             else:
                 own = o_s.index(C * (128 // BLOCK_D))
                 tma.store_wait(0)
@@ -274,14 +274,15 @@ def five_kernel(
     tile_bias, edges, tile_grad, counter, items, others, mask_ids, masks, st_b, st_h, stg_b, stg_h,
     tile_grad_step, item_count, first_count, reps, heads, layout_heads, group, k_len, k_blocks, works,
     scale, scale2,
-    BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr,
-    STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr,
-    HEADS_SHARED: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
+    BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr, REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):
     # fmt: on
     """As ``columns_kernel``, for tiles of 128×128. dq_sum is a TMA descriptor of fp32 ``[B, H, Nq, D]``,
-    zeros at first, to which dQ ÷ scale is added. M is 64 for head_dim 128 and 128 for head_dim 64: 64×64 of
-    a step's dQ are each consumer's. k and v come in boxes of BLOCK_K rows."""
+    zeros at first, to which dQ ÷ scale is added. M is 64 where BLOCK_D is 128, and 128 where it is 64: 64×64
+    of a step's dQ are each consumer's. k and v come in boxes of BLOCK_K rows."""
     kind: gl.constexpr = q.dtype
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -312,9 +313,9 @@ def five_kernel(
     # fmt: off
     gl.warp_specialize([
         (consumer, (gl.constexpr(0), stores, bias, bias_grad, buffers, signals,
-                    BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
+                    D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
         (consumer, (gl.constexpr(1), stores, bias, bias_grad, buffers, signals,
-                    BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
+                    D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
         (producer, (loads, walk, bias, buffers, signals,
                     BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, BATCH_SHARED, HEADS_SHARED)),
     ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])

@@ -26,6 +26,7 @@ from sparsetile.kernels.hopper_tiles import (
     item_at,
     note_down,
     noted,
+    store_rows,
     tell,
     tell_end,
     told,
@@ -136,8 +137,8 @@ def soften(s, peak, total, scale, shift, MAYBE_EMPTY: gl.constexpr, BIASED: gl.c
 @gluon.jit
 def consumer(
     C: gl.constexpr, tensors, bias, buffers, signals,
-    BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    QS: gl.constexpr, PARTIAL: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr,
 ):
     # fmt: on
     out, lse, part_out, part_lse, mask_ids, masks, heads, reps, q_len, scale = tensors
@@ -240,9 +241,7 @@ def consumer(
             if slot >= 0:
                 whole = False
                 at = (slot.to(gl.int64) * reps + field(line, 7)) * BLOCK_Q + C * ROWS
-                o_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, O))
-                dims = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, O))
-                gl.store(part_out + at * BLOCK_D + o_rows[:, None] * BLOCK_D + dims[None, :], acc)
+                store_rows(part_out, at, acc, D, O)
                 gl.store(part_lse + at + rows, row_lse)
         if whole:
             at = (batch * heads + head).to(gl.int64) * q_len
@@ -264,13 +263,15 @@ def consumer(
 def forward_kernel(
     q, k, v, out, lse, part_out, part_lse, tile_bias, edges, counter, items, others, mask_ids, masks,
     st_b, st_h, item_count, first_count, reps, heads, layout_heads, group, q_len, q_blocks, works, scale,
-    BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    QS: gl.constexpr, PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr,
+    HEADS_SHARED: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
     # fmt: on
     """Items are rows of the layout. q, k, v and out are TMA descriptors of ``[B, H, N, D]``; ``scale`` is in
-    base 2 and positive; ``works`` items are drawn from ``counter``, which starts at 0."""
+    base 2 and positive; ``works`` items are drawn from ``counter``, which starts at 0. Buffers are BLOCK_D
+    wide: bulk copies bring zeros past D, and store nothing there."""
     CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
     kind: gl.constexpr = q.dtype
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -297,16 +298,16 @@ def forward_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consumer, (gl.constexpr(0), stores, bias, buffers, signals,
-                        BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
             (consumer, (gl.constexpr(1), stores, bias, buffers, signals,
-                        BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
             (producer, (loads, walk, bias, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
             (consumer, (gl.constexpr(0), stores, bias, buffers, signals,
-                        BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
             (producer, (loads, walk, bias, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [1], [PRODUCER_REGISTERS])

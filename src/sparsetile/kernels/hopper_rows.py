@@ -24,6 +24,7 @@ from sparsetile.kernels.hopper_tiles import (
     item_at,
     note_down,
     noted,
+    store_rows,
     tell,
     tell_end,
     told,
@@ -106,8 +107,8 @@ def keep_sums(into, first, step, row_sums):
 @gluon.jit
 def consumer(
     C: gl.constexpr, tensors, bias, bias_grad, buffers, signals,
-    BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    QS: gl.constexpr, PARTIAL: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr,
 ):
     # fmt: on
     dq, lse2, delta, part_dq, mask_ids, masks, heads, reps, q_len, pitch, scale, scale2 = tensors
@@ -181,9 +182,7 @@ def consumer(
             if slot >= 0:
                 whole = False
                 part = (slot.to(gl.int64) * reps + rep) * BLOCK_Q + C * ROWS
-                o_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, O))
-                dims = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, O))
-                gl.store(part_dq + part * BLOCK_D + o_rows[:, None] * BLOCK_D + dims[None, :], acc)
+                store_rows(part_dq, part, acc, D, O)
         if whole:
             tma.store_wait(0)
             o_s.index(C).reshape([ROWS, BLOCK_D]).store(acc.to(kind))
@@ -202,8 +201,9 @@ def rows_kernel(
     q, grad_out, k, v, dq_out, lse2, delta, part_dq, tile_bias, edges, tile_grad, counter, items, others,
     mask_ids, masks, st_b, st_h, stg_b, stg_h, tile_grad_step, item_count, first_count, reps, heads,
     layout_heads, group, q_len, q_blocks, pitch, works, scale, scale2,
-    BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    QS: gl.constexpr, PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr,
+    HEADS_SHARED: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
     # fmt: on
@@ -237,16 +237,16 @@ def rows_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consumer, (gl.constexpr(0), stores, bias, bias_grad, buffers, signals,
-                        BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
             (consumer, (gl.constexpr(1), stores, bias, bias_grad, buffers, signals,
-                        BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
             (producer, (loads, walk, bias, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
             (consumer, (gl.constexpr(0), stores, bias, bias_grad, buffers, signals,
-                        BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
             (producer, (loads, walk, bias, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [1], [PRODUCER_REGISTERS])
