@@ -37,8 +37,9 @@ _NAMES = {
 def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict[str, Any]) -> Any:
     """The launch that a small call makes. Options: ``block``, ``whole`` (no partial tiles), ``short``
     (at most two tiles a row), ``biased`` (a tile bias alone), ``featured`` (everything, with GQA), ``placed``
-    (dropout and padding of a part of a longer sequence, with GQA); of ``topk``, whose head_dim is hidden: see
-    ``selection_of``; of ``rows`` and ``places``, whose head_dim is the places of a row: see ``layout_of``."""
+    (dropout and padding of a part of a longer sequence, with GQA), ``padded`` (padding alone); of ``topk``,
+    whose head_dim is hidden: see ``selection_of``; of ``rows`` and ``places``, whose head_dim is the places
+    of a row: see ``layout_of``."""
     if kernel in ("rows", "places"):
         return layout_of(kernel, head_dim, getattr(torch, dtype), options)
     from sparsetile.kernels import triton_launch
@@ -52,6 +53,7 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
     layout = BlockLayout.from_dense_mask(mask if options.get("whole") else mask.tril(), block)
     featured = options.get("featured", False)
     placed = options.get("placed", False)
+    padded = featured or placed or options.get("padded", False)
     biased = featured or options.get("biased", False)
     q = torch.zeros(1, heads, length, head_dim, dtype=getattr(torch, dtype))
     k = q[:, : heads // 2] if featured or placed else q
@@ -64,7 +66,7 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
         0.1,
         dropout_p=0.1 if featured or placed else 0.0,
         seed=torch.zeros(1, dtype=torch.int64) if featured or placed else None,
-        key_padding_mask=padding if featured or placed else None,
+        key_padding_mask=padding if padded else None,
         attn_bias=torch.zeros(1, 1, length, length, dtype=q.dtype) if featured else None,
         tile_bias=tile,
         q_tiles=tiles[0] if placed else None,
@@ -98,8 +100,9 @@ def hopper_launch_of(kernel: str, q: torch.Tensor, request: Any, options: dict[s
     k = q[:, :: options.get("group", 1)]
     statistic = torch.zeros(q.shape[:3])
     with override(chunk=1 if options.get("split") else 10**6):
-        if kernel == "hopper forward":
-            return hopper_launch.forward_launches(q, k, k, q, statistic, request, on)[0]
+        if kernel in ("hopper padding", "hopper forward"):
+            launches = hopper_launch.forward_launches(q, k, k, q, statistic, request, on)
+            return launches[request.key_padding_mask is not None and kernel == "hopper forward"]
         tile_grad = None
         if request.tile_bias is not None:
             parts = hopper_launch.tile_grad_parts(request.layout)

@@ -35,7 +35,7 @@ FEATURES = ("causal", "gqa", "padding", "dropout", "tile_bias", "attn_bias", "ls
 RATIO, FP32_ERROR = 1.2, 1e-5
 SERVED = {
     "triton": (HEAD_DIMS, DTYPES, BLOCKS, FEATURES),
-    "hopper": (HEAD_DIMS[1:], DTYPES[1:], (128, 64), ("causal", "gqa", "tile_bias", "lse")),
+    "hopper": (HEAD_DIMS[1:], DTYPES[1:], (128, 64), ("causal", "gqa", "padding", "tile_bias", "lse")),
 }
 """What each backend answers for: head_dims, dtypes, blocks, features."""
 
@@ -52,7 +52,7 @@ def norm_error(got: Tensor, expected: Tensor) -> float:
 
 def dense_answers(case: Any, *, fused: bool) -> dict[str, Tensor]:
     """Output and gradients of dense attention in the case's own dtype: PyTorch's operator, or the formula."""
-    from oracle import expand_tiles
+    from oracle import by_pair, expand_tiles
 
     leaves = {name: getattr(case, name) for name in ("q", "k", "v", "attn_bias", "tile_bias")}
     leaf = {name: x.detach().clone().requires_grad_() for name, x in leaves.items() if x is not None}
@@ -64,7 +64,7 @@ def dense_answers(case: Any, *, fused: bool) -> dict[str, Tensor]:
         bias = bias + expand_tiles(leaf["tile_bias"], case.mask, case.block).to(q.dtype)
     bias = bias.masked_fill(~case.mask, -math.inf)
     if case.key_padding_mask is not None:
-        bias = bias.masked_fill(case.key_padding_mask[:, None, None, :], -math.inf)
+        bias = bias.masked_fill(by_pair(case.key_padding_mask, q.shape[1] // k.shape[1]), -math.inf)
     bias = bias.expand(q.shape[0], q.shape[1], -1, -1)
     empty = (bias == -math.inf).all(-1, keepdim=True)
     bias = bias.masked_fill(empty, 0)

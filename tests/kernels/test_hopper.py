@@ -24,6 +24,8 @@ from sparsetile.kernels import (
     hopper_launch,
     hopper_rows,
     hopper_tiles,
+    triton_backend,
+    triton_replay,
 )
 from sparsetile.kernels.triton_config import Target, override
 from sparsetile.kernels.triton_launch import Launch
@@ -47,10 +49,12 @@ def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def check(backend: object, case: Case) -> None:
     """Asserts that the summed errors are at most 1.2 times those of dense attention written out in the case's
     dtype, which rounds the weights as tensor cores want them, or one rounding; the log-sum-exp's as fp32.
-    Both forms of backward."""
+    Both forms of backward. Keys that a padding mask ignores are NaN where the backend reads them."""
     expected, dense = case.expected(), dense_answers(case, fused=False)
     for lean in (False, True):
-        got = run(backend, replace(case, lean=lean))
+        got = run(backend, replace(spoiled(case), lean=lean))
+        if case.key_padding_mask is not None:
+            assert not got["k"][ignored(case)].any() and not got["v"][ignored(case)].any()
         assert relative_error(got["lse"], expected["lse"]) <= FLOOR[torch.float32], case.describe()
         for name in expected.keys() - {"lse"}:
             exact, unit = expected[name], case.unit(name)
@@ -58,6 +62,20 @@ def check(backend: object, case: Case) -> None:
             error, rival = (spread_error(x[name], exact, unit) for x in (got, dense))
             limit = max(RATIO * rival, FLOOR[case.q.dtype] / 2)
             assert error <= limit, f"{name}, lean={lean}: {error:.3g} above {limit:.3g}; {case.describe()}"
+
+
+def ignored(case: Case) -> torch.Tensor:
+    """Of a padding mask: bool ``[B, Hkv, Nk]``."""
+    assert case.key_padding_mask is not None
+    mask = case.key_padding_mask
+    return (mask[:, None] if mask.dim() == 2 else mask).expand(case.k.shape[:3])
+
+
+def spoiled(case: Case) -> Case:
+    if case.key_padding_mask is None:
+        return case
+    hidden = ignored(case)[..., None]
+    return replace(case, k=case.k.masked_fill(hidden, torch.nan), v=case.v.masked_fill(hidden, torch.inf))
 
 
 def case_of(block: int, head_dim: int, features: set[str] = frozenset(), **sizes: Any) -> Case:
@@ -183,6 +201,60 @@ def test_which_form_of_backward_serves(
     assert kernels[1:] == (["five_kernel"] if five else ["columns_kernel", "rows_kernel"])
 
 
+@pytest.mark.parametrize(
+    ("block", "head_dim", "features", "chunk"),
+    [
+        (128, 64, {"padding", "strided"}, 1000),
+        (128, 128, {"padding", "gqa", "lse"}, 1),
+        (128, 80, {"padding_by_head", "tile_bias"}, 1000),
+        (64, 64, {"padding_by_head", "gqa", "per_head", "per_batch", "lse"}, 1000),
+        (64, 128, {"padding_by_head", "tile_bias"}, 1),
+    ],
+)
+def test_key_padding(block: int, head_dim: int, features: set[str], chunk: int) -> None:
+    heads = 4 if "gqa" in features else 2
+    case = case_of(block, head_dim, features, batch=2, heads=heads, dtype=torch.float16)
+    assert case.key_padding_mask is not None
+    # A batch element without keys; and of the other some of the first tile's, all of the next, none after.
+    case.key_padding_mask[0] = True
+    case.key_padding_mask[1, ..., block : 2 * block] = False
+    case.key_padding_mask[1, ..., 2 * block :] = True
+    with override(chunk=chunk):
+        check(hopper_backend, case)
+
+
+def test_key_padding_in_whole_tiles_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of padding at the end, where no tile is partial; the rows that attend only such tiles are empty."""
+    monkeypatch.setattr(hopper_backend, "target_of", lambda device: Target("hopper", 1))
+    mask = torch.ones(1, 1, 256, 384, dtype=torch.bool)
+    mask[:, :, 128:, :256] = False
+    for block, head_dim in ((128, 64), (64, 64)):
+        sizes = {"q_len": 256, "k_len": 384, "batch": 2, "heads": 2, "key_heads": 1, "mask": mask}
+        case = case_of(block, head_dim, {"padding"}, dtype=torch.float16, **sizes)
+        assert case.key_padding_mask is not None
+        case.key_padding_mask[:] = torch.arange(384) >= torch.tensor([[150], [384]])
+        check(hopper_backend, case)
+
+
+def test_every_tensor_has_a_name_that_recordings_know() -> None:
+    case = case_of(128, 128, {"padding", "tile_bias", "gqa", "lse"})
+    q, k, v, target = case.q, case.k, case.v, Target("hopper", 132)
+    known = {*triton_replay._OF_LAYOUT, *triton_replay._SCRATCH, triton_replay._COUNTER}
+    statistic, owned = torch.zeros(q.shape[:3]), torch.zeros(8, 1, 1, case.layout.capacity)
+    with override(chunk=1):
+        for lean in (False, True):
+            request = replace(case, lean=lean).request()
+            launches = hopper_launch.forward_launches(q, k, v, q, statistic, request, target)
+            given = (q, statistic, q, statistic, q, k, v, owned, None, request, target)
+            called = [(launch, triton_backend._FORWARD) for launch in launches]
+            launches = hopper_launch.backward_launches(q, k, v, *given)
+            called += [(launch, triton_backend._BACKWARD) for launch in launches]
+            for launch, names in called:
+                for name, value in launch.arguments.items():
+                    if isinstance(value, torch.Tensor) or hasattr(value, "block_shape"):
+                        assert launch.names.get(name, name) in known | set(names), name
+
+
 def test_empty_rows_columns_and_layouts() -> None:
     case = case_of(64, 64, q_len=200, k_len=260, dtype=torch.float16)
     for mask in (torch.zeros_like(case.mask), case.mask & (torch.arange(260) // 64 == 2)):
@@ -224,7 +296,6 @@ def test_a_gradient_without_strides_is_copied() -> None:
         ({"dtype": torch.float32}, "fp16 and bf16, not torch.float32"),
         ({"block": 32}, "not 32×32"),
         ({"features": {"dropout"}}, "no dropout"),
-        ({"features": {"padding"}}, "no key padding"),
         ({"features": {"attn_bias"}}, "no dense bias"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

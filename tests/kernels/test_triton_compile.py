@@ -72,7 +72,7 @@ def test_hopper_choices_for_whole_tiles_and_short_rows_do_not_spill() -> None:
 
 def test_hopper_s_own_kernels_fit_and_spill_next_to_nothing() -> None:
     """Every kernel in every form that a multiprocessor has room for; a tile bias costs the backward a few
-    registers more than there are."""
+    registers more than there are, as does key padding in five products of narrow heads."""
     cases = [["hopper forward", dim, "bfloat16", "sm_90", {}] for dim in (64, 128)]
     cases += [["hopper forward", 128, "float16", "sm_90", {"split": True, "biased": True}]]
     cases += [["hopper forward", 64, "bfloat16", "sm_90", {"block": 64}]]
@@ -82,7 +82,15 @@ def test_hopper_s_own_kernels_fit_and_spill_next_to_nothing() -> None:
         small = {"block": 64, "group": 2}
         cases += [["hopper backward", dim, "bfloat16", "sm_90", {**small, "at": at}] for at in (0, 1)]
     cases += [[f"hopper {way}", 96, "bfloat16", "sm_90", {"split": True}] for way in ("forward", "backward")]
+    padded = {"padded": True}
+    cases += [["hopper padding", dim, "bfloat16", "sm_90", padded] for dim in (64, 96)]
+    cases += [["hopper forward", 128, "bfloat16", "sm_90", {"biased": True, **padded}]]
+    cases += [["hopper backward", 128, "bfloat16", "sm_90", padded]]
+    cases += [
+        ["hopper backward", 128, "bfloat16", "sm_90", {"lean": True, "at": at, **padded}] for at in (0, 1)
+    ]
     biased = [["hopper backward", 128, "bfloat16", "sm_90", {"biased": True}]]
+    biased += [["hopper backward", 64, "bfloat16", "sm_90", padded]]
     results = compile_all(cases + biased)
     assert_fit(results)
     assert not [r for r in results if r["case"][4].get("block") == 64 and r["shared"] > 115_712], results

@@ -66,8 +66,6 @@ def unserved(q: Tensor, k: Tensor, v: Tensor, request: Request) -> str | None:
         return f"serves tiles of 64×64 and 128×128 tokens, not {layout.block_q}×{layout.block_k}"
     if request.dropout_p > 0:
         return "has no dropout"
-    if request.key_padding_mask is not None:
-        return "has no key padding"
     if request.attn_bias is not None:
         return "has no dense bias; a bias by tile it has"
     if request.scale <= 0:

@@ -23,10 +23,16 @@ from sparsetile.kernels.hopper_tiles import (
     ROWS,
     allowed,
     barriers,
+    copy_keys,
     field,
+    ignored_keys,
     item_at,
     note_down,
+    note_of,
     noted,
+    put_note,
+    read_note,
+    room_for_notes,
     tell,
     tell_end,
     told,
@@ -87,7 +93,7 @@ def load_steps(
 # fmt: off
 @gluon.jit
 def producer(
-    tensors, walk, bias, buffers, signals,
+    tensors, walk, bias, padding, buffers, signals,
     BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, MEMBERS: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
 ):
@@ -115,12 +121,14 @@ def producer(
             here = kv_full.index(buffer)
             mbarrier.wait(kv_free.index(buffer), ((turn // ITEMS) & 1) ^ 1)
             tell(info_s.index(buffer), batch, head, block, start, full_end, end, slot, rep)
+            note = note_of(padding, batch, head * MEMBERS, heads * MEMBERS, group, block)
+            put_note(padding, buffer, note)
             mbarrier.expect(here, BLOCK_K * BLOCK_D * 4)
             kv_head = head * MEMBERS // group
             for c in gl.static_range(CONSUMERS):
                 at = [batch, kv_head, block * BLOCK_K + c * ROWS, 0]
-                tma.async_copy_global_to_shared(k, at, here, k_s.index(buffer * CONSUMERS + c))
-                tma.async_copy_global_to_shared(v, at, here, v_s.index(buffer * CONSUMERS + c))
+                copy_keys(k, padding, 0, note, at, here, k_s.index(buffer * CONSUMERS + c))
+                copy_keys(v, padding, 1, note, at, here, v_s.index(buffer * CONSUMERS + c))
             steps = load_steps(
                 of_steps, others, bias, stream, full, free, steps, batch, head, start, end,
                 BLOCK_D, BLOCK_Q, M, STAGES, MEMBERS,
@@ -178,7 +186,7 @@ def store_wide(dk_to, dv_to, at, dk, dv, rows_left, D: gl.constexpr, O: gl.const
 # fmt: off
 @gluon.jit
 def consumer(
-    C: gl.constexpr, tensors, bias, buffers, signals,
+    C: gl.constexpr, tensors, bias, padding, buffers, signals,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
 ):
@@ -258,6 +266,10 @@ def consumer(
         key0 = field(line, 2) * BLOCK_K + C * ROWS
         slot = field(line, 6)
         rep = field(line, 7)
+        if padding[0] is not None:
+            hidden = ignored_keys(padding, read_note(padding, buffer), C * ROWS, BLOCK_K, O)
+            dk = gl.where(hidden[:, None], 0.0, dk)
+            dv = gl.where(hidden[:, None], 0.0, dv)
         dk = dk * scale
         whole = True
         if part_dk is not None:
@@ -286,8 +298,8 @@ def consumer(
 @gluon.jit(do_not_specialize=COUNTS)
 def columns_kernel(
     q, grad_out, k, v, lse2, delta, dk_out, dv_out, part_dk, part_dv, members_dk, members_dv,
-    tile_bias, edges, counter, items, others, mask_ids, masks, st_b, st_h, item_count, first_count, reps,
-    heads, layout_heads, group, k_len, k_blocks, works, scale, scale2,
+    tile_bias, edges, kept_notes, kept_words, kept_k, kept_v, counter, items, others, mask_ids, masks, st_b,
+    st_h, item_count, first_count, reps, heads, layout_heads, group, k_len, k_blocks, works, scale, scale2,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
     BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr, REGISTERS: gl.constexpr,
@@ -313,6 +325,9 @@ def columns_kernel(
     counts = (item_count, first_count, reps, heads, layout_heads, group, k_blocks, works)
     walk = (counter, items, others, counts)
     bias = (tile_bias, edges, st_b, st_h)
+    padding = (kept_notes,)
+    if kept_notes is not None:
+        padding = (kept_notes, kept_words, kept_k, kept_v, k_blocks, room_for_notes(ITEMS))
     stores = (
         dk_out, dv_out, part_dk, part_dv, members_dk, members_dv,
         mask_ids, masks, heads, reps, k_len, scale, scale2,
@@ -320,18 +335,18 @@ def columns_kernel(
     # fmt: off
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consumer, (gl.constexpr(0), stores, bias, buffers, signals,
+            (consumer, (gl.constexpr(0), stores, bias, padding, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
-            (consumer, (gl.constexpr(1), stores, bias, buffers, signals,
+            (consumer, (gl.constexpr(1), stores, bias, padding, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
-            (producer, (loads, walk, bias, buffers, signals,
+            (producer, (loads, walk, bias, padding, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, BATCH_SHARED, HEADS_SHARED)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
-            (consumer, (gl.constexpr(0), stores, bias, buffers, signals,
+            (consumer, (gl.constexpr(0), stores, bias, padding, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
-            (producer, (loads, walk, bias, buffers, signals,
+            (producer, (loads, walk, bias, padding, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, BATCH_SHARED, HEADS_SHARED)),
         ], [1], [PRODUCER_REGISTERS])
     # fmt: on

@@ -21,7 +21,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sparsetile.kernels.hopper_columns import ITEMS, load_steps, step_buffers, store_wide, weights
 from sparsetile.kernels.hopper_rows import keep_sums
-from sparsetile.kernels.hopper_tiles import ROWS, barriers, field, item_at, noted, tell, tell_end, told
+from sparsetile.kernels.hopper_tiles import (
+    ROWS,
+    barriers,
+    copy_keys,
+    field,
+    ignored_keys,
+    item_at,
+    note_of,
+    noted,
+    put_note,
+    read_note,
+    room_for_notes,
+    tell,
+    tell_end,
+    told,
+)
 from sparsetile.kernels.triton_tiles import COUNTS
 
 SLOTS = gl.constexpr(2)  # steps whose dS lies in shared memory: one is multiplied while the next is made
@@ -40,7 +55,7 @@ def tma_add(desc, coord, source, _semantic=None):
 # fmt: off
 @gluon.jit
 def producer(
-    tensors, walk, bias, buffers, signals,
+    tensors, walk, bias, padding, buffers, signals,
     BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, MEMBERS: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
 ):
@@ -68,13 +83,15 @@ def producer(
             at = [batch, head * MEMBERS // group, block * BLOCK_K, 0]
             mbarrier.wait(k_free.index(buffer), ((turn // ITEMS) & 1) ^ 1)
             tell(info_s.index(buffer), batch, head, block, start, full_end, end, slot, rep)
+            note = note_of(padding, batch, head * MEMBERS, heads * MEMBERS, group, block)
+            put_note(padding, buffer, note)
             mbarrier.expect(here, BLOCK_K * BLOCK_D * 2)
-            tma.async_copy_global_to_shared(k, at, here, k_s.index(buffer))
+            copy_keys(k, padding, 0, note, at, here, k_s.index(buffer))
             # Free as soon as the last dP of the item before is made.
             here = v_full.index(0)
             mbarrier.wait(v_free.index(0), (turn & 1) ^ 1)
             mbarrier.expect(here, BLOCK_K * BLOCK_D * 2)
-            tma.async_copy_global_to_shared(v, at, here, v_s.index(0))
+            copy_keys(v, padding, 1, note, at, here, v_s.index(0))
             steps = load_steps(
                 of_steps, others, bias, stream, full, free, steps, batch, head, start, end,
                 BLOCK_D, BLOCK_Q, M, STAGES, MEMBERS,
@@ -117,7 +134,7 @@ def send_dq(C: gl.constexpr, dq, dq_sum, dq_s, batch, head, query0, BLOCK_D: gl.
 # fmt: off
 @gluon.jit
 def consumer(
-    C: gl.constexpr, tensors, bias, bias_grad, buffers, signals,
+    C: gl.constexpr, tensors, bias, bias_grad, padding, buffers, signals,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
 ):
@@ -150,6 +167,8 @@ def consumer(
         dk = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
         dv = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
         zero = gl.zeros([ROWS, M], gl.float32, S)
+        if padding[0] is not None:
+            hidden = ignored_keys(padding, read_note(padding, buffer), C * ROWS, BLOCK_K, S)
         if tile_grad is not None:
             kept = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
         span = (end - start) * STEPS
@@ -192,6 +211,8 @@ def consumer(
             dv_token = warpgroup_mma(p_left, g, dv, is_async=True)
             delta_row = delta_s.index(stage).reshape([M]).load(gl.SliceLayout(0, S))
             p = p * (d - delta_row[None, :])
+            if padding[0] is not None:
+                p = gl.where(hidden[:, None], 0.0, p)
             if tile_grad is not None:
                 # A tile's steps follow each other: their sum is stored again with each, whole with the last.
                 kept = gl.sum(p, 1) + gl.where(part == 0, 0.0, kept)
@@ -239,6 +260,9 @@ def consumer(
         key0 = field(line, 2) * BLOCK_K + C * ROWS
         slot = field(line, 6)
         rep = field(line, 7)
+        if padding[0] is not None:
+            hidden = ignored_keys(padding, read_note(padding, buffer), C * ROWS, BLOCK_K, O)
+            dv = gl.where(hidden[:, None], 0.0, dv)
         mbarrier.arrive(k_free.index(buffer), count=1)
         dk = dk * scale
         whole = True
@@ -271,9 +295,9 @@ def consumer(
 @gluon.jit(do_not_specialize=COUNTS)
 def five_kernel(
     q, grad_out, k, v, lse2, delta, dk_out, dv_out, dq_sum, part_dk, part_dv, members_dk, members_dv,
-    tile_bias, edges, tile_grad, counter, items, others, mask_ids, masks, st_b, st_h, stg_b, stg_h,
-    tile_grad_step, item_count, first_count, reps, heads, layout_heads, group, k_len, k_blocks, works,
-    scale, scale2,
+    tile_bias, edges, tile_grad, kept_notes, kept_words, kept_k, kept_v, counter, items, others, mask_ids,
+    masks, st_b, st_h, stg_b, stg_h, tile_grad_step, item_count, first_count, reps, heads, layout_heads,
+    group, k_len, k_blocks, works, scale, scale2,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
     BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr, REGISTERS: gl.constexpr,
@@ -306,17 +330,20 @@ def five_kernel(
     walk = (counter, items, others, counts)
     bias = (tile_bias, edges, st_b, st_h)
     bias_grad = (tile_grad, stg_b, stg_h, tile_grad_step)
+    padding = (kept_notes,)
+    if kept_notes is not None:
+        padding = (kept_notes, kept_words, kept_k, kept_v, k_blocks, room_for_notes(ITEMS))
     stores = (
         dk_out, dv_out, dq_sum, part_dk, part_dv, members_dk, members_dv,
         others, mask_ids, masks, heads, reps, k_len, scale, scale2,
     )  # fmt: skip
     # fmt: off
     gl.warp_specialize([
-        (consumer, (gl.constexpr(0), stores, bias, bias_grad, buffers, signals,
+        (consumer, (gl.constexpr(0), stores, bias, bias_grad, padding, buffers, signals,
                     D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
-        (consumer, (gl.constexpr(1), stores, bias, bias_grad, buffers, signals,
+        (consumer, (gl.constexpr(1), stores, bias, bias_grad, padding, buffers, signals,
                     D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
-        (producer, (loads, walk, bias, buffers, signals,
+        (producer, (loads, walk, bias, padding, buffers, signals,
                     BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, BATCH_SHARED, HEADS_SHARED)),
     ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
     # fmt: on

@@ -22,10 +22,16 @@ from sparsetile.kernels.hopper_tiles import (
     ROWS,
     allowed,
     barriers,
+    copy_keys,
     field,
+    heeded,
     item_at,
     note_down,
+    note_of,
     noted,
+    put_note,
+    read_note,
+    room_for_notes,
     store_rows,
     tell,
     tell_end,
@@ -37,7 +43,7 @@ from sparsetile.kernels.triton_tiles import COUNTS
 # fmt: off
 @gluon.jit
 def producer(
-    tensors, walk, bias, buffers, signals,
+    tensors, walk, bias, padding, buffers, signals,
     BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     QS: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
 ):
@@ -72,22 +78,21 @@ def producer(
                 )
             kv_head = head // group
             for entry in range(start, end):
-                key0 = gl.load(others + entry).to(gl.int32) * BLOCK_K
+                key_block = gl.load(others + entry).to(gl.int32)
+                note = note_of(padding, batch, head, heads, group, key_block)
+                at = [batch, kv_head, key_block * BLOCK_K, 0]
                 stage = tiles % STAGES
                 phase = ((tiles // STAGES) & 1) ^ 1
                 mbarrier.wait(k_free.index(stage), phase)
+                put_note(padding, stage, note)
                 if tile_bias is not None:
                     own = tile_bias + batch.to(gl.int64) * st_b + head.to(gl.int64) * st_h
                     note_down(edge_s, bias_s, stage, own, edges, entry)
                 mbarrier.expect(k_full.index(stage), BLOCK_K * BLOCK_D * 2)
-                tma.async_copy_global_to_shared(
-                    k, [batch, kv_head, key0, 0], k_full.index(stage), k_s.index(stage)
-                )
+                copy_keys(k, padding, 0, note, at, k_full.index(stage), k_s.index(stage))
                 mbarrier.wait(v_free.index(stage), phase)
                 mbarrier.expect(v_full.index(stage), BLOCK_K * BLOCK_D * 2)
-                tma.async_copy_global_to_shared(
-                    v, [batch, kv_head, key0, 0], v_full.index(stage), v_s.index(stage)
-                )
+                copy_keys(v, padding, 1, note, at, v_full.index(stage), v_s.index(stage))
                 tiles += 1
             turn += 1
     buffer = turn % QS
@@ -136,7 +141,7 @@ def soften(s, peak, total, scale, shift, MAYBE_EMPTY: gl.constexpr, BIASED: gl.c
 # fmt: off
 @gluon.jit
 def consumer(
-    C: gl.constexpr, tensors, bias, buffers, signals,
+    C: gl.constexpr, tensors, bias, padding, buffers, signals,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr,
 ):
@@ -147,6 +152,7 @@ def consumer(
     q_full, q_free, k_full, k_free, v_full, v_free = signals
     CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
     BIASED: gl.constexpr = tile_bias is not None
+    MAYBE_EMPTY: gl.constexpr = PARTIAL or padding[0] is not None
     kind: gl.constexpr = q_s.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -167,6 +173,7 @@ def consumer(
     shift = 0.0
     if BIASED:
         shift = noted(bias_s, 0)
+    note = read_note(padding, 0)
     mbarrier.arrive(k_free.index(0), count=1, pred=some)
     while more:
         buffer = turn % QS
@@ -178,10 +185,11 @@ def consumer(
         q = q_s.index(buffer * CONSUMERS + C).reshape([ROWS, BLOCK_D])
         if PARTIAL:
             s = masked(s, start, full_end, end, mask_ids, masks, C * ROWS, BLOCK_Q, BLOCK_K, S)
+        s = heeded(s, padding, gl.where(some, note, -1), BLOCK_K, S)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
         peak = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
         total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
-        p, shrink, peak, total = soften(s, peak, total, scale, shift, PARTIAL, BIASED)
+        p, shrink, peak, total = soften(s, peak, total, scale, shift, MAYBE_EMPTY, BIASED)
         p = gl.convert_layout(p.to(kind), P)
         for entry in range(start + 1, end):
             before = tiles % STAGES
@@ -196,10 +204,12 @@ def consumer(
             s = warpgroup_mma_wait(1, deps=[s_token])
             if BIASED:
                 shift = noted(bias_s, stage)
+            note = read_note(padding, stage)
             mbarrier.arrive(k_free.index(stage), count=1)
             if PARTIAL:
                 s = masked(s, entry, full_end, end, mask_ids, masks, C * ROWS, BLOCK_Q, BLOCK_K, S)
-            new_p, shrink, peak, total = soften(s, peak, total, scale, shift, PARTIAL, BIASED)
+            s = heeded(s, padding, note, BLOCK_K, S)
+            new_p, shrink, peak, total = soften(s, peak, total, scale, shift, MAYBE_EMPTY, BIASED)
             # Over at once: a new basic block, above which ptxas cannot move the wait for acc.
             mbarrier.wait(v_full.index(before), before_phase)
             acc, p = warpgroup_mma_wait(0, deps=[acc_token, p])
@@ -254,6 +264,7 @@ def consumer(
         s = warpgroup_mma_wait(0, deps=[s_token])
         if BIASED:
             shift = noted(bias_s, next_stage)
+        note = read_note(padding, next_stage)
         mbarrier.arrive(k_free.index(next_stage), count=1, pred=next_some)
     tma.store_wait(0)
 
@@ -261,8 +272,9 @@ def consumer(
 # fmt: off
 @gluon.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    q, k, v, out, lse, part_out, part_lse, tile_bias, edges, counter, items, others, mask_ids, masks,
-    st_b, st_h, item_count, first_count, reps, heads, layout_heads, group, q_len, q_blocks, works, scale,
+    q, k, v, out, lse, part_out, part_lse, tile_bias, edges, kept_notes, kept_words, kept_k, kept_v, counter,
+    items, others, mask_ids, masks, st_b, st_h, item_count, first_count, reps, heads, layout_heads, group,
+    q_len, q_blocks, k_blocks, works, scale,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr,
     HEADS_SHARED: gl.constexpr,
@@ -271,7 +283,8 @@ def forward_kernel(
     # fmt: on
     """Items are rows of the layout. q, k, v and out are TMA descriptors of ``[B, H, N, D]``; ``scale`` is in
     base 2 and positive; ``works`` items are drawn from ``counter``, which starts at 0. Buffers are BLOCK_D
-    wide: bulk copies bring zeros past D, and store nothing there."""
+    wide: bulk copies bring zeros past D, and store nothing there. What begins with kept comes from
+    ``kept_kernel``, where keys are padded; else it is None."""
     CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
     kind: gl.constexpr = q.dtype
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -293,22 +306,25 @@ def forward_kernel(
     counts = (item_count, first_count, reps, heads, layout_heads, group, q_blocks, works)
     walk = (counter, items, others, counts)
     bias = (tile_bias, edges, st_b, st_h)
+    padding = (kept_notes,)
+    if kept_notes is not None:
+        padding = (kept_notes, kept_words, kept_k, kept_v, k_blocks, room_for_notes(STAGES))
     stores = (out, lse, part_out, part_lse, mask_ids, masks, heads, reps, q_len, scale)
     # fmt: off
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consumer, (gl.constexpr(0), stores, bias, buffers, signals,
+            (consumer, (gl.constexpr(0), stores, bias, padding, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
-            (consumer, (gl.constexpr(1), stores, bias, buffers, signals,
+            (consumer, (gl.constexpr(1), stores, bias, padding, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
-            (producer, (loads, walk, bias, buffers, signals,
+            (producer, (loads, walk, bias, padding, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
-            (consumer, (gl.constexpr(0), stores, bias, buffers, signals,
+            (consumer, (gl.constexpr(0), stores, bias, padding, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
-            (producer, (loads, walk, bias, buffers, signals,
+            (producer, (loads, walk, bias, padding, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [1], [PRODUCER_REGISTERS])
     # fmt: on

@@ -15,9 +15,10 @@ from sparsetile.kernels import (
     hopper_forward,
     hopper_rows,
     triton_backward,
+    triton_padding,
 )
 from sparsetile.kernels.request import Request
-from sparsetile.kernels.triton_config import Target
+from sparsetile.kernels.triton_config import Target, padded_dim
 from sparsetile.kernels.triton_launch import (
     LOG2E,
     Launch,
@@ -95,6 +96,58 @@ def _line(x: Tensor, length: int, step: int) -> TensorDescriptor:
     return TensorDescriptor(x, [*x.shape[:2], length], strides, [1, 1, step], plain)
 
 
+class Kept(NamedTuple):
+    """What ``kept_kernel`` makes of a padding mask."""
+
+    notes: Tensor
+    words: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def _kept(k: Tensor, v: Tensor, request: Request) -> tuple[Kept | None, list[Launch]]:
+    """Room for what the kernels read of a padding mask, and the launch that fills it; none without one."""
+    padding = features_of(request)[0]
+    if padding is None:
+        return None, []
+    layout, tiles = request.layout, k.shape[0] * k.shape[1] * request.layout.k_blocks
+    notes, words = (
+        torch.empty(shape, dtype=torch.int32, device=k.device)
+        for shape in ((tiles,), (tiles, layout.block_k // 32))
+    )
+    kept = Kept(notes, words, *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v)))
+    arguments = {
+        "padding": padding,
+        "k": k,
+        "v": v,
+        "kept_words": kept.words,
+        "kept_notes": kept.notes,
+        "kept_k": kept.k,
+        "kept_v": kept.v,
+        **strides_of("p", padding[:, None] if padding.dim() == 2 else padding, "bh"),
+        **strides_of("k", k, "bhn"),
+        **strides_of("v", v, "bhn"),
+        "heads": k.shape[1],
+        "k_len": layout.k_len,
+        "k_blocks": layout.k_blocks,
+        "D": k.shape[3],
+        "BLOCK_D": padded_dim(k.shape[3]),
+        "BLOCK_K": layout.block_k,
+    }
+    return kept, [Launch(triton_padding.kept_kernel, tiles, arguments, {"num_warps": 4})]
+
+
+def _heeding(kept: Kept | None, layout: BlockLayout, rows: int) -> dict[str, Any]:
+    """What a kernel takes of it that copies ``rows`` keys at a time."""
+    return {
+        "kept_notes": None if kept is None else kept.notes,
+        "kept_words": None if kept is None else kept.words,
+        "kept_k": None if kept is None else _described(kept.k, rows),
+        "kept_v": None if kept is None else _described(kept.v, rows),
+        "k_blocks": layout.k_blocks,
+    }
+
+
 def _walked(plan: Schedule, owners: Owners, request: Request, q: Tensor, k: Tensor) -> dict[str, Any]:
     """What every kernel takes of a schedule, a layout and a tile bias."""
     layout, tile_bias = request.layout, features_of(request)[2]
@@ -144,6 +197,7 @@ def forward_launches(
     owners = Owners.of(layout, q.shape[0], q.shape[1])
     plan = scheduled(layout, "rows", owners, target)
     depth = FORWARD[layout.block_q, width_of(q.shape[3])]
+    kept, begin = _kept(k, v, request)
     part_out = parts_of(plan, owners, layout, q)
     part_lse = None if part_out is None else part_out.new_empty(len(part_out))
     arguments = {
@@ -155,6 +209,7 @@ def forward_launches(
         "part_out": part_out,
         "part_lse": part_lse,
         **_walked(plan, owners, request, q, k),
+        **_heeding(kept, layout, layout.block_k),
         "counter": torch.zeros(1, dtype=torch.int32, device=q.device),
         "heads": q.shape[1],
         "q_len": layout.q_len,
@@ -163,7 +218,7 @@ def forward_launches(
         "STAGES": depth.stages,
         "QS": depth.items,
     }
-    launches = [_launch(hopper_forward.forward_kernel, arguments, layout, target, {})]
+    launches = [*begin, _launch(hopper_forward.forward_kernel, arguments, layout, target, {})]
     if part_out is not None and part_lse is not None:
         launches.append(combine_launch(part_out, part_lse, out, lse, plan, owners, layout))
     return launches
@@ -198,6 +253,7 @@ def backward_launches(
     the sums."""
     layout, heads, width = request.layout, q.shape[1], width_of(q.shape[3])
     block, five = layout.block_q, _five(request, width)
+    kept, begin = _kept(k, v, request)
     out_heads = heads // heads_a_program(k, q, layout, target)
     names, column_dk, column_dv = {}, dk, dv
     members_dk = members_dv = None
@@ -240,9 +296,9 @@ def backward_launches(
         "members_dv": members_dv,
         "counter": column_counter,
         **_walked(plan, owners, request, q, k),
+        **_heeding(kept, layout, block if five else ROWS),
         "heads": out_heads,
         "k_len": layout.k_len,
-        "k_blocks": layout.k_blocks,
         **scales,
         "M": step,
         "STAGES": stages,
@@ -259,13 +315,13 @@ def backward_launches(
             columns.append(sum_launch(name, part, into, plan, owners, layout, filled))
     if members_dk is not None and members_dv is not None:
         columns.append(group_sum(members_dk, members_dv, dk, dv))
-    begin = delta_launch(grad_out, out, lse, grad_lse, lse2, delta, row_counter, column_counter, dq_sum)
+    begin.append(delta_launch(grad_out, out, lse, grad_lse, lse2, delta, row_counter, column_counter, dq_sum))
     if dq_sum is not None:
         entries = {"entries": dq.numel(), "scale": float(request.scale), "ENTRIES": _SCALED_ENTRIES}
         programs = -(-dq.numel() // _SCALED_ENTRIES)
         tensors = {"dq_sum": dq_sum, "dq_out": dq}
         end = Launch(triton_backward.scaled_kernel, programs, {**tensors, **entries}, {"num_warps": 8})
-        return [begin, *columns, end]
+        return [*begin, *columns, end]
 
     owners = Owners.of(layout, q.shape[0], heads)
     plan = scheduled(layout, "rows", owners, target)
@@ -283,6 +339,7 @@ def backward_launches(
         "counter": row_counter,
         **tile_sums,
         **_walked(plan, owners, request, q, k),
+        **_heeding(kept, layout, block),
         "heads": heads,
         "q_len": layout.q_len,
         "q_blocks": layout.q_blocks,
@@ -294,4 +351,4 @@ def backward_launches(
     rows = [_launch(hopper_rows.rows_kernel, arguments, layout, target, {"counter": "row_counter"})]
     if part_dq is not None:
         rows.append(sum_launch("dq", part_dq, dq, plan, owners, layout, "dq_out"))
-    return [begin, *rows, *columns]
+    return [*begin, *rows, *columns]

@@ -20,10 +20,16 @@ from sparsetile.kernels.hopper_tiles import (
     LOG2E,
     ROWS,
     barriers,
+    copy_keys,
     field,
+    heeded,
     item_at,
     note_down,
+    note_of,
     noted,
+    put_note,
+    read_note,
+    room_for_notes,
     store_rows,
     tell,
     tell_end,
@@ -35,7 +41,7 @@ from sparsetile.kernels.triton_tiles import COUNTS
 # fmt: off
 @gluon.jit
 def producer(
-    tensors, walk, bias, buffers, signals,
+    tensors, walk, bias, padding, buffers, signals,
     BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     QS: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
 ):
@@ -70,18 +76,21 @@ def producer(
                 tma.async_copy_global_to_shared(grad_out, at, full, g_s.index(buffer * CONSUMERS + c))
             kv_head = head // group
             for entry in range(start, end):
-                at = [batch, kv_head, gl.load(others + entry).to(gl.int32) * BLOCK_K, 0]
+                key_block = gl.load(others + entry).to(gl.int32)
+                note = note_of(padding, batch, head, heads, group, key_block)
+                at = [batch, kv_head, key_block * BLOCK_K, 0]
                 stage = tiles % STAGES
                 phase = ((tiles // STAGES) & 1) ^ 1
                 mbarrier.wait(v_free.index(stage), phase)
                 mbarrier.expect(v_full.index(stage), BLOCK_K * BLOCK_D * 2)
-                tma.async_copy_global_to_shared(v, at, v_full.index(stage), v_s.index(stage))
+                copy_keys(v, padding, 1, note, at, v_full.index(stage), v_s.index(stage))
                 mbarrier.wait(k_free.index(stage), phase)
+                put_note(padding, stage, note)
                 if tile_bias is not None:
                     own = tile_bias + batch.to(gl.int64) * st_b + head.to(gl.int64) * st_h
                     note_down(edge_s, bias_s, stage, own, edges, entry)
                 mbarrier.expect(k_full.index(stage), BLOCK_K * BLOCK_D * 2)
-                tma.async_copy_global_to_shared(k, at, k_full.index(stage), k_s.index(stage))
+                copy_keys(k, padding, 0, note, at, k_full.index(stage), k_s.index(stage))
                 tiles += 1
             turn += 1
     buffer = turn % QS
@@ -106,7 +115,7 @@ def keep_sums(into, first, step, row_sums):
 # fmt: off
 @gluon.jit
 def consumer(
-    C: gl.constexpr, tensors, bias, bias_grad, buffers, signals,
+    C: gl.constexpr, tensors, bias, bias_grad, padding, buffers, signals,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr,
 ):
@@ -159,6 +168,7 @@ def consumer(
             s = warpgroup_mma_wait(1, deps=[s_token])
             if PARTIAL:
                 s = masked(s, entry, full_end, end, mask_ids, masks, C * ROWS, BLOCK_Q, BLOCK_K, S)
+            s = heeded(s, padding, read_note(padding, stage), BLOCK_K, S)
             if tile_bias is not None:
                 p = gl.exp2(s * scale2 - (lse_row - noted(bias_s, stage) * LOG2E)[:, None])
             else:
@@ -198,9 +208,10 @@ def consumer(
 # fmt: off
 @gluon.jit(do_not_specialize=COUNTS)
 def rows_kernel(
-    q, grad_out, k, v, dq_out, lse2, delta, part_dq, tile_bias, edges, tile_grad, counter, items, others,
-    mask_ids, masks, st_b, st_h, stg_b, stg_h, tile_grad_step, item_count, first_count, reps, heads,
-    layout_heads, group, q_len, q_blocks, pitch, works, scale, scale2,
+    q, grad_out, k, v, dq_out, lse2, delta, part_dq, tile_bias, edges, tile_grad, kept_notes, kept_words,
+    kept_k, kept_v, counter, items, others, mask_ids, masks, st_b, st_h, stg_b, stg_h, tile_grad_step,
+    item_count, first_count, reps, heads, layout_heads, group, q_len, q_blocks, k_blocks, pitch, works,
+    scale, scale2,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr,
     HEADS_SHARED: gl.constexpr,
@@ -232,22 +243,25 @@ def rows_kernel(
     walk = (counter, items, others, counts)
     bias = (tile_bias, edges, st_b, st_h)
     bias_grad = (tile_grad, stg_b, stg_h, tile_grad_step)
+    padding = (kept_notes,)
+    if kept_notes is not None:
+        padding = (kept_notes, kept_words, kept_k, kept_v, k_blocks, room_for_notes(STAGES))
     stores = (dq_out, lse2, delta, part_dq, mask_ids, masks, heads, reps, q_len, pitch, scale, scale2)
     # fmt: off
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consumer, (gl.constexpr(0), stores, bias, bias_grad, buffers, signals,
+            (consumer, (gl.constexpr(0), stores, bias, bias_grad, padding, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
-            (consumer, (gl.constexpr(1), stores, bias, bias_grad, buffers, signals,
+            (consumer, (gl.constexpr(1), stores, bias, bias_grad, padding, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
-            (producer, (loads, walk, bias, buffers, signals,
+            (producer, (loads, walk, bias, padding, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
-            (consumer, (gl.constexpr(0), stores, bias, bias_grad, buffers, signals,
+            (consumer, (gl.constexpr(0), stores, bias, bias_grad, padding, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
-            (producer, (loads, walk, bias, buffers, signals,
+            (producer, (loads, walk, bias, padding, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [1], [PRODUCER_REGISTERS])
     # fmt: on

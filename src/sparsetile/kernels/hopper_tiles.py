@@ -8,7 +8,7 @@ work items from a counter, tells the consumers of each through shared memory, an
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -102,6 +102,70 @@ def allowed(masks, ident, queries, keys, BLOCK_Q: gl.constexpr, BLOCK_K: gl.cons
     """Bits of a partial tile at ``queries`` × ``keys``, which broadcast; 1 where the pair is allowed."""
     words = masks + (ident * BLOCK_Q + queries) * (BLOCK_K // 32) + keys // 32
     return (gl.load(words) >> (keys % 32)) & 1
+
+
+@gluon.jit
+def room_for_notes(COUNT: gl.constexpr):
+    """Where the notes of COUNT tiles lie beside their keys."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gl.allocate_shared_memory(gl.int32, [COUNT, 1], flat)
+
+
+@gluon.jit
+def note_of(padding, batch, head, heads, group, block):
+    """What ``kept_kernel`` noted of key tile ``block`` of the key head of ``head``, one of ``heads``, so many
+    a key head: −1 where all its keys count, as where none are ignored at all."""
+    note = -1
+    if padding[0] is not None:
+        key_head = (batch * heads + head) // group
+        note = gl.load(padding[0] + key_head * padding[4] + block)
+    return note
+
+
+@gluon.jit
+def put_note(padding, stage, note):
+    """Puts a tile's note beside its keys."""
+    if padding[0] is not None:
+        one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        padding[5].index(stage).store(gl.full([1], note, gl.int32, one))
+
+
+@gluon.jit
+def read_note(padding, stage):
+    note = -1
+    if padding[0] is not None:
+        note = noted(padding[5], stage)
+    return note
+
+
+@gluon.jit
+def copy_keys(x, padding, which: gl.constexpr, note, at, full, into):
+    """Brings keys (``which`` 0) or values (1) into shared memory, with zeros for those to ignore."""
+    clean = note < 0
+    if clean:
+        tma.async_copy_global_to_shared(x, at, full, into)
+    if padding[0] is not None:
+        if not clean:
+            tma.async_copy_global_to_shared(padding[2 + which], at, full, into)
+
+
+@gluon.jit
+def heeded(s, padding, note, BLOCK_K: gl.constexpr, S: gl.constexpr):
+    """Scores ``[ROWS, BLOCK_K]`` with −inf where a key is to be ignored."""
+    if padding[0] is not None:
+        if note >= 0:
+            keys = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, S))[None, :]
+            words = padding[1] + note * (BLOCK_K // 32) + keys // 32
+            s = gl.where(((gl.load(words) >> (keys % 32)) & 1) != 0, s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def ignored_keys(padding, note, first_key, BLOCK_K: gl.constexpr, S: gl.constexpr):
+    """bool ``[ROWS]``: which keys from place ``first_key`` of a tile are to be ignored."""
+    keys = first_key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+    words = padding[1] + gl.maximum(note, 0) * (BLOCK_K // 32) + keys // 32
+    return (((gl.load(words) >> (keys % 32)) & 1) == 0) & (note >= 0)
 
 
 @gluon.jit

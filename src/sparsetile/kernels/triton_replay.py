@@ -33,6 +33,7 @@ _SCRATCH = frozenset(
     (
         *("part_out", "part_lse", "part_dk", "part_dv", "part_dq", "members_dk", "members_dv"),
         *("lse2", "delta", "dq_sum", "row_counter", "column_counter"),
+        *("kept_words", "kept_notes", "kept_k", "kept_v"),
     )
 )
 _COUNTER = "counter"
