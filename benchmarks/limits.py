@@ -43,7 +43,7 @@ from sparsetile.kernels.request import Request
 from sparsetile.kernels.select import choose
 
 GIB = 2**30
-BUDGET_MS = 100.0  # of one timing
+BUDGET_MS = {"cuda": 100.0, "cpu": 1.0}  # of one timing
 SECTION_SECONDS = 300  # after which a section is stopped
 DTYPE = torch.bfloat16
 FLOPS = {"forward": 4, "backward": 10}  # a pair of a tile and entry of head_dim
@@ -63,10 +63,18 @@ def tensors(shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor,
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
 
 
-def served(inputs: Sequence[Tensor], layout: st.BlockLayout, backend: str, dropout_p: float = 0.0) -> str:
+def served(
+    inputs: Sequence[Tensor],
+    layout: st.BlockLayout,
+    *,
+    backend: str = "auto",
+    dropout_p: float = 0.0,
+    tile_bias: Tensor | None = None,
+    deterministic: bool = False,
+) -> str:
     """The name of the backend that serves a call."""
     seed = torch.zeros(1, dtype=torch.int64, device=inputs[0].device) if dropout_p else None
-    request = Request(layout=layout, scale=1.0, dropout_p=dropout_p, seed=seed)
+    request = Request(layout, 1.0, dropout_p, seed, tile_bias=tile_bias, lean=deterministic)
     module: Any = choose(backend, *inputs[:3], request)
     return str(module.__name__).rpartition(".")[2].removesuffix("_backend")
 
@@ -82,11 +90,14 @@ def timed(
     q, k, v, grad = inputs
     call = partial(st.sparse_attention, q, k, v, layout, tile_bias=tile_bias, **settings)
     with torch.no_grad():
-        forward = time_call(call, q.device, BUDGET_MS).median_ms
+        forward = time_call(call, q.device, BUDGET_MS[q.device.type]).median_ms
     out = call()
     leaves = [x for x in (q, k, v, tile_bias) if x is not None and x.requires_grad]
     backward = partial(torch.autograd.grad, out, leaves, grad, retain_graph=True)
-    return {"forward_ms": forward, "backward_ms": time_call(backward, q.device, BUDGET_MS).median_ms}
+    return {
+        "forward_ms": forward,
+        "backward_ms": time_call(backward, q.device, BUDGET_MS[q.device.type]).median_ms,
+    }
 
 
 def tried(what: Row, measure: Callable[[], Row]) -> Row:
@@ -133,8 +144,8 @@ def linearity(
                 what = {"pattern": pattern, "head_dim": head_dim, "heads": shared, "length": length}
                 series.append(tried(what, partial(measure, case)))
                 yield series[-1]
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+                gc.collect()
+                torch.cuda.empty_cache()
             good = [row for row in series if "error" not in row]
             if len(good) < 2:
                 continue
@@ -163,7 +174,7 @@ def blocks(
 
             def measure(what: Row, case: Case, known: dict[tuple[str, int], Row], inputs: Any) -> Row:
                 layout = made(case, device)
-                by = served(inputs, layout, what["backend"])
+                by = served(inputs, layout, backend=what["backend"])
                 found = known.get((by, case.block))  # "auto" may have been this one
                 if found is None:
                     work = layout.nnz * case.heads * case.head_dim * case.block**2
@@ -197,6 +208,10 @@ def ratios(
     without: str = "triton",
 ) -> Iterator[Row]:
     """``without``: the backend that dropout is compared with."""
+
+    def measure(inputs: Any, layout: st.BlockLayout, setting: dict[str, Any]) -> Row:
+        return {"served_by": served(inputs, layout, **setting), **timed(inputs, layout, **setting)}
+
     for head_dim in head_dims:
         inputs = tensors((1, heads, length, head_dim), device)
         for pattern, tiles in (budgets or {"random": 26, "local": 5, "global+local": 11}).items():
@@ -212,10 +227,8 @@ def ratios(
             }
             found: dict[str, Row] = {}
             for name, setting in settings.items():
-                what: Row = {"pattern": pattern, "head_dim": head_dim, "call": name}
-                by = {"backend": setting.get("backend", "auto"), "dropout_p": setting.get("dropout_p", 0.0)}
-                what["served_by"] = served(inputs, layout, **by)
-                found[name] = tried(what, partial(timed, inputs, layout, **setting))
+                what = {"pattern": pattern, "head_dim": head_dim, "call": name}
+                found[name] = tried(what, partial(measure, inputs, layout, setting))
                 yield found[name]
 
             def ratio(over: str, under: str, direction: str, found: dict[str, Row] = found) -> float | None:
@@ -292,20 +305,23 @@ def repeats(
     layout = mixed(length, block, most).to(device)
     for head_dim in head_dims:
         q, k, v, grad = tensors((1, heads, length, head_dim), device)
+        call = partial(st.sparse_attention, q, k, v, layout, return_lse=True)
+
+        def forward(call: Callable[..., Any] = call) -> Row:
+            with torch.no_grad():
+                return repeated(call, ("out", "lse"), calls)
+
+        def backward(
+            deterministic: bool, call: Any = call, inputs: Any = (q, k, v), grad: Tensor = grad
+        ) -> Row:
+            out, _ = call(deterministic=deterministic)
+            again = partial(torch.autograd.grad, out, inputs, grad, retain_graph=True)
+            return repeated(again, ("dq", "dk", "dv"), calls)
+
+        yield tried({"head_dim": head_dim, "direction": "forward"}, forward)
         for deterministic in (True, False):
-            what = {"head_dim": head_dim, "deterministic": deterministic}
-            call = partial(st.sparse_attention, q, k, v, layout, deterministic=deterministic, return_lse=True)
-
-            def forward(call: Callable[..., Any] = call) -> Row:
-                with torch.no_grad():
-                    return repeated(call, ("out", "lse"), calls)
-
-            def backward(call: Callable[..., Any] = call, inputs: Any = (q, k, v), grad: Any = grad) -> Row:
-                again = partial(torch.autograd.grad, call()[0], inputs, grad, retain_graph=True)
-                return repeated(again, ("dq", "dk", "dv"), calls)
-
-            for direction, measure in {"forward": forward, "backward": backward}.items():
-                yield tried({"direction": direction, **what}, measure)
+            what = {"head_dim": head_dim, "direction": "backward", "deterministic": deterministic}
+            yield tried(what, partial(backward, deterministic))
 
 
 def once(device: torch.device, tokens: int, *, gradient: bool, memory: str, heads: int, head_dim: int) -> Row:
@@ -342,22 +358,25 @@ def fits(call: Callable[[int], Row], tokens: int) -> Row | None:
     torch.cuda.empty_cache()
     try:
         return call(tokens)
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as problem:  # the allocator's, or the driver's for a kernel
+        if "out of memory" not in str(problem):
+            raise
         return None
 
 
 def longest(call: Callable[[int], Row | None], low: int, high: int, step: int, tries: int) -> Row | None:
     """The row of the most tokens, to ``step``, that fit below ``high``; None where not even ``step`` does.
 
-    ``tries`` bounds the halvings after ``low``, or what is left of it, fitted.
+    ``low`` should fit; where it does not, a tenth less is tried until something does. ``tries`` bounds the
+    halvings after that.
     """
     best = call(low)
     while best is None and low > step:
-        high, low = low, max(step, low // 2 // step * step)
+        high, low = low, max(step, low * 9 // 10 // step * step)
         best = call(low)
     while best is not None and tries and high - low > step:
         middle = (low + high) // 2 // step * step
-        if middle <= low:
+        if middle <= low:  # which need not be a multiple of the step
             middle += step
         row = call(middle)
         low, high, best = (low, middle, best) if row is None else (middle, high, row)
@@ -395,11 +414,14 @@ def memory8(
 def card(
     device: torch.device, *, heads: int = 8, head_dim: int = 64, step: int = 16_384, tries: int = 4
 ) -> Iterator[Row]:
+    call = partial(once, device, gradient=True, memory="low", heads=heads, head_dim=head_dim)
+
     def most() -> Row:
+        call(step)  # what the driver keeps for kernels counts as taken
+        torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         bound = free // (8 * heads * head_dim * DTYPE.itemsize)
         guess = int(0.95 * bound) // step * step
-        call = partial(once, device, gradient=True, memory="low", heads=heads, head_dim=head_dim)
         found = longest(partial(fits, call), guess, bound, step, tries)
         return {"longest": True, "free_bytes": free, "total_bytes": total, **(found or {"tokens": None})}
 
@@ -427,9 +449,10 @@ SMALL: dict[str, dict[str, Any]] = {
 def one_section(name: str, device: torch.device) -> None:
     """Print every row of a section as a line of JSON, an error last."""
     torch.manual_seed(0)
-    sizes = SMALL.get(name, {}) if device.type == "cpu" else {}
     try:
-        for row in SECTIONS[name](device, **sizes):
+        if device.type == "cpu" and name not in SMALL:
+            raise RuntimeError("needs a GPU")
+        for row in SECTIONS[name](device, **(SMALL[name] if device.type == "cpu" else {})):
             print(json.dumps(row), flush=True)
     except Exception as problem:
         print(json.dumps({"error": f"{type(problem).__name__}: {problem}"[:500]}), flush=True)
