@@ -133,11 +133,11 @@ def producer(
 
 # fmt: off
 @gluon.jit
-def masked(s, entry, full_end, end, mask_ids, masks, first_key, first_query,
+def masked(s, entry, full_end, mask_ids, masks, first_key, first_query,
            BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr, S: gl.constexpr):
     # fmt: on
     """Scores ``[ROWS keys, M queries]`` with −inf where a partial tile forbids the pair."""
-    if (entry >= full_end) & (entry < end):
+    if entry >= full_end:
         keys = first_key + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
         queries = first_query + gl.arange(0, M, layout=gl.SliceLayout(0, S))
         bits = allowed(masks, gl.load(mask_ids + entry), queries[None, :], keys[:, None], BLOCK_Q, BLOCK_K)
@@ -148,14 +148,14 @@ def masked(s, entry, full_end, end, mask_ids, masks, first_key, first_query,
 # fmt: off
 @gluon.jit
 def weights(
-    s, part, entry, full_end, end, stage, lse_s, bias_s, tile_bias, mask_ids, masks, scale2, first_key,
+    s, part, entry, full_end, stage, lse_s, bias_s, tile_bias, mask_ids, masks, scale2, first_key,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr, PARTIAL: gl.constexpr, S: gl.constexpr,
 ):
     # fmt: on
     """Pᵀ ``[ROWS keys, M queries]`` of part ``part`` of a tile's queries."""
     lse_row = lse_s.index(stage).reshape([M]).load(gl.SliceLayout(0, S))
     if PARTIAL:
-        s = masked(s, entry, full_end, end, mask_ids, masks, first_key, part * M, BLOCK_Q, BLOCK_K, M, S)
+        s = masked(s, entry, full_end, mask_ids, masks, first_key, part * M, BLOCK_Q, BLOCK_K, M, S)
     if tile_bias is not None:
         p = gl.exp2(s * scale2 - (lse_row - noted(bias_s, stage) * LOG2E)[None, :])
     else:
@@ -164,19 +164,13 @@ def weights(
 
 
 @gluon.jit
-def store_rows(into, at, x, rows_left, O: gl.constexpr):
-    """Stores x from row ``at`` of a buffer as wide as it is, as far as rows are left."""
-    rows = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, O))[:, None]
-    dims = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, O))[None, :]
-    places = into + at * x.shape[1] + rows * x.shape[1] + dims
-    gl.store(places, x, mask=(rows < rows_left) & (dims >= 0))
-
-
-@gluon.jit
 def store_wide(dk_to, dv_to, at, dk, dv, rows_left, O: gl.constexpr):
-    """Stores fp32 dk and dv as ``store_rows`` does."""
-    store_rows(dk_to, at, dk, rows_left, O)
-    store_rows(dv_to, at, dv, rows_left, O)
+    """Stores fp32 dk and dv from row ``at`` of buffers as wide as they are, as far as rows are left."""
+    rows = gl.arange(0, dk.shape[0], layout=gl.SliceLayout(1, O))[:, None]
+    dims = gl.arange(0, dk.shape[1], layout=gl.SliceLayout(0, O))[None, :]
+    offsets = at * dk.shape[1] + rows * dk.shape[1] + dims
+    gl.store(dk_to + offsets, dk, mask=(rows < rows_left) & (dims >= 0))
+    gl.store(dv_to + offsets, dv, mask=(rows < rows_left) & (dims >= 0))
 
 
 # fmt: off
@@ -199,15 +193,10 @@ def consumer(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    zero = gl.zeros([ROWS, M], gl.float32, S)
     steps = 0
     turn = 0
     mbarrier.wait(kv_full.index(0), 0)
-    line = told(info_s.index(0))
-    more = field(line, 0) >= 0
-    mbarrier.wait(full.index(0), 0, pred=field(line, 3) < field(line, 5))
-    q = q_s.index(0).reshape([M, D])
-    s = warpgroup_mma(k_s.index(C).reshape([ROWS, D]), q.permute((1, 0)), zero, use_acc=False)
+    more = field(told(info_s.index(0)), 0) >= 0
     while more:
         buffer = turn % ITEMS
         line = told(info_s.index(buffer))
@@ -216,23 +205,31 @@ def consumer(
         end = field(line, 5)
         dk = gl.zeros([ROWS, D], gl.float32, O)
         dv = gl.zeros([ROWS, D], gl.float32, O)
+        zero = gl.zeros([ROWS, M], gl.float32, S)
         span = (end - start) * STEPS
         count = span * MEMBERS
-        some = count > 0
-        # An item without steps has one, of whatever lies there: a product that some branches leave out makes
-        # ptxas wait for each of them.
-        for i in range(gl.maximum(count, 1)):
+        # The first scores; of an item without steps of whatever lies there: a product that some branches
+        # leave out makes ptxas wait for each of them.
+        mbarrier.wait(full.index(steps % STAGES), (steps // STAGES) & 1, pred=count > 0)
+        k = k_s.index(buffer * CONSUMERS + C + (count >> 30)).reshape([ROWS, D])
+        q = q_s.index(steps % STAGES).reshape([M, D])
+        s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False)
+        # By now the item before has left its buffer.
+        tma.store_wait(0)
+        mbarrier.arrive(kv_free.index(1 - buffer), count=1, pred=turn > 0)
+        for i in range(count):
             # No compiler knows this to be C: descriptors of k and v are not hoisted, and spilled.
             mine = buffer * CONSUMERS + C + (i >> 30)
+            k = k_s.index(mine).reshape([ROWS, D])
             v = v_s.index(mine).reshape([ROWS, D])
             stage = steps % STAGES
             g = g_s.index(stage).reshape([M, D])
             d_token = warpgroup_mma(v, g.permute((1, 0)), zero, use_acc=False, is_async=True)
             at = i
             if MEMBERS > 1:
-                at = i % gl.maximum(span, 1)
+                at = i % span
             p = weights(
-                s, at % STEPS, start + at // STEPS, full_end, end, stage, lse_s, bias_s, tile_bias,
+                s, at % STEPS, start + at // STEPS, full_end, stage, lse_s, bias_s, tile_bias,
                 mask_ids, masks, scale2, C * ROWS, BLOCK_Q, BLOCK_K, M, PARTIAL, S,
             )  # fmt: skip
             p_left = gl.convert_layout(p.to(kind), P)
@@ -243,26 +240,13 @@ def consumer(
             delta_row = delta_s.index(stage).reshape([M]).load(gl.SliceLayout(0, S))
             ds = gl.convert_layout((p * (d - delta_row[None, :])).to(kind), P)
             dk_token = warpgroup_mma(ds, q_s.index(stage).reshape([M, D]), dk, is_async=True)
-            if i == 0:
-                # By now the item before has left its buffer.
-                tma.store_wait(0)
-                mbarrier.arrive(kv_free.index(1 - buffer), count=1, pred=turn > 0)
-            steps += some.to(gl.int32)
-            # The next scores: of this item, or of the next one.
-            own = buffer
-            ready = True
-            if i + 1 >= count:
-                own = 1 - buffer
-                mbarrier.wait(kv_full.index(own), ((turn + 1) // ITEMS) & 1)
-                next_line = told(info_s.index(own))
-                ready = field(next_line, 3) < field(next_line, 5)
+            steps += 1
             after = steps % STAGES
-            mbarrier.wait(full.index(after), (steps // STAGES) & 1, pred=ready)
-            k = k_s.index(own * CONSUMERS + C).reshape([ROWS, D])
+            mbarrier.wait(full.index(after), (steps // STAGES) & 1, pred=i + 1 < count)
             q = q_s.index(after).reshape([M, D])
             s_token = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
             dv, p_left, dk, ds = warpgroup_mma_wait(1, deps=[dv_token, p_left, dk_token, ds])
-            mbarrier.arrive(free.index(stage), count=1, pred=some)
+            mbarrier.arrive(free.index(stage), count=1)
             # Nothing is in flight where the loop turns.
             s = warpgroup_mma_wait(0, deps=[s_token])
         # Read again rather than held in registers meanwhile.
@@ -272,8 +256,7 @@ def consumer(
         key0 = field(line, 2) * BLOCK_K + C * ROWS
         slot = field(line, 6)
         rep = field(line, 7)
-        dk = gl.where(some, dk * scale, 0.0)
-        dv = gl.where(some, dv, 0.0)
+        dk = dk * scale
         whole = True
         if part_dk is not None:
             if slot >= 0:
@@ -292,6 +275,7 @@ def consumer(
                 tma.async_copy_shared_to_global(dv_out, [batch, head, key0, 0], v_s.index(own))
                 tma.async_copy_shared_to_global(dk_out, [batch, head, key0, 0], k_s.index(own))
         turn += 1
+        mbarrier.wait(kv_full.index(turn % ITEMS), (turn // ITEMS) & 1)
         more = field(told(info_s.index(turn % ITEMS)), 0) >= 0
     tma.store_wait(0)
 

@@ -4,8 +4,8 @@
 Sᵀ = K·Qᵀ, dPᵀ = V·dOᵀ, dV = Σ Pᵀ·dO, dK = scale·Σ dSᵀ·Q as in ``hopper_columns.py``, and dQ += dS·K, which
 the bulk copies add up in fp32: in whatever order programs come, so that its bits differ between runs. dS goes
 to shared memory, where the two consumers' halves of the keys meet, and each makes half of dQ. dQ is made one
-step late, across items too: by then the other consumer's half lies there, and neither waits for the other.
-Values are read first and left first, so that one buffer serves them; dK leaves from where dQ does.
+step late: by then the other consumer's half lies there, and neither waits for the other. Values are read
+first and left first, so that one buffer serves them; dV and dK leave from where dQ does.
 """
 
 from triton._C.libtriton import ir
@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparsetile.kernels.hopper_columns import ITEMS, load_steps, step_buffers, store_rows, store_wide, weights
+from sparsetile.kernels.hopper_columns import ITEMS, load_steps, step_buffers, store_wide, weights
 from sparsetile.kernels.hopper_rows import keep_sums
 from sparsetile.kernels.hopper_tiles import ROWS, barriers, field, item_at, noted, tell, tell_end, told
 from sparsetile.kernels.triton_tiles import COUNTS
@@ -116,20 +116,6 @@ def send_dq(C: gl.constexpr, dq, dq_sum, dq_s, batch, head, query0, D: gl.conste
 
 # fmt: off
 @gluon.jit
-def last_dq(
-    C: gl.constexpr, ds_s, dq_sum, dq_s, k, free, steps, batch, head, query0,
-    STAGES: gl.constexpr, D: gl.constexpr, T: gl.constexpr,
-):
-    # fmt: on
-    """dQ of the step before, which no other step makes."""
-    mbarrier.wait(free.index((steps + STAGES - 1) % STAGES), ((steps - 1) // STAGES) & 1, pred=steps > 0)
-    token = issue_dq(C, ds_s, (steps + SLOTS - 1) % SLOTS, k, D, T)
-    dq = warpgroup_mma_wait(0, deps=[token])
-    send_dq(C, dq, dq_sum, dq_s, batch, head, query0, D)
-
-
-# fmt: off
-@gluon.jit
 def consumer(
     C: gl.constexpr, tensors, bias, bias_grad, buffers, signals,
     D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
@@ -153,10 +139,6 @@ def consumer(
     turn = 0
     mbarrier.wait(k_full.index(0), 0)
     more = field(told(info_s.index(0)), 0) >= 0
-    # The first step makes dQ too, of whatever lies there: added to nothing.
-    batch_before = 0
-    head_before = 0
-    query_before = NOWHERE
     while more:
         buffer = turn % ITEMS
         line = told(info_s.index(buffer))
@@ -178,10 +160,14 @@ def consumer(
         k = k_s.index(buffer + (count >> 30)).reshape([BLOCK_K, D]).slice(C * ROWS, ROWS, 0)
         q = q_s.index(steps % STAGES).reshape([M, D])
         s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False)
+        # The first step makes dQ too, of whatever dS lies there: added to nothing.
+        query_before = NOWHERE
+        head_before = head * MEMBERS
         for i in range(count):
             # No compiler knows this to be 0: descriptors of k and v are not hoisted, and spilled.
             none = i >> 30
-            k = k_s.index(buffer + none).reshape([BLOCK_K, D]).slice(C * ROWS, ROWS, 0)
+            k_all = k_s.index(buffer + none).reshape([BLOCK_K, D])
+            k = k_all.slice(C * ROWS, ROWS, 0)
             v = v_s.index(none).reshape([BLOCK_K, D]).slice(C * ROWS, ROWS, 0)
             stage = steps % STAGES
             g = g_s.index(stage).reshape([M, D])
@@ -196,7 +182,7 @@ def consumer(
             entry = start + at // STEPS
             query0 = gl.load(others + entry).to(gl.int32) * BLOCK_Q + part * M
             p = weights(
-                s, part, entry, full_end, end, stage, lse_s, bias_s, tile_bias,
+                s, part, entry, full_end, stage, lse_s, bias_s, tile_bias,
                 mask_ids, masks, scale2, C * ROWS, BLOCK_Q, BLOCK_K, M, PARTIAL, S,
             )  # fmt: skip
             p_left = gl.convert_layout(p.to(kind), P)
@@ -217,13 +203,11 @@ def consumer(
             # Both consumers are through with the step before: its dS is here, and the dQ before it is made,
             # whose dS this one's replaces.
             mbarrier.wait(
-                free.index((steps + STAGES - 1) % STAGES), ((steps - 1) // STAGES) & 1, pred=steps > 0
+                free.index((steps + STAGES - 1) % STAGES), ((steps - 1) // STAGES) & 1, pred=i > 0
             )
             ds_s.index((steps % SLOTS) * 2 + C).store(ds_kind)
             fence_async_shared()
-            # An item's first step makes dQ of the last step of the item before, with its keys.
-            k_before = k_s.index(gl.where(i == 0, 1 - buffer, buffer)).reshape([BLOCK_K, D])
-            dq_token = issue_dq(C, ds_s, (steps + SLOTS - 1) % SLOTS, k_before, D, T)
+            dq_token = issue_dq(C, ds_s, (steps + SLOTS - 1) % SLOTS, k_all, D, T)
             # All but dQ, which is two products.
             dv, p_left, dk, ds = warpgroup_mma_wait(2, deps=[dv_token, p_left, dk_token, ds])
             steps += 1
@@ -234,22 +218,20 @@ def consumer(
             dq = warpgroup_mma_wait(1, deps=[dq_token])
             mbarrier.arrive(free.index(stage), count=1)
             mbarrier.arrive(v_free.index(0), count=1, pred=i + 1 == count)
-            if i == 0:
-                mbarrier.arrive(k_free.index(1 - buffer), count=1, pred=turn > 0)
-            send_dq(C, dq, dq_sum, dq_s, batch_before, head_before, query_before, D)
-            batch_before = batch
-            head_before = q_head
+            send_dq(C, dq, dq_sum, dq_s, batch, head_before, query_before, D)
             query_before = query0
+            head_before = q_head
             # Nothing is in flight where the loop turns.
             s = warpgroup_mma_wait(0, deps=[s_token])
-        if count <= 0:
-            # No step has done any of this.
-            mbarrier.wait(v_full.index(0), turn & 1)
-            mbarrier.arrive(v_free.index(0), count=1)
-            last_dq(C, ds_s, dq_sum, dq_s, k_s.index(1 - buffer).reshape([BLOCK_K, D]), free, steps,
-                    batch_before, head_before, query_before, STAGES, D, T)  # fmt: skip
-            query_before = NOWHERE
-            mbarrier.arrive(k_free.index(1 - buffer), count=1, pred=turn > 0)
+        # Of an item without steps none has freed the values, which have come all the same.
+        mbarrier.wait(v_full.index(0), turn & 1, pred=count <= 0)
+        mbarrier.arrive(v_free.index(0), count=1, pred=count <= 0)
+        if count > 0:
+            mbarrier.wait(free.index((steps + STAGES - 1) % STAGES), ((steps - 1) // STAGES) & 1)
+            k_all = k_s.index(buffer + (count >> 30)).reshape([BLOCK_K, D])
+            dq_token = issue_dq(C, ds_s, (steps + SLOTS - 1) % SLOTS, k_all, D, T)
+            dq = warpgroup_mma_wait(0, deps=[dq_token])
+            send_dq(C, dq, dq_sum, dq_s, batch, head_before, query_before, D)
         # Read again rather than held in registers meanwhile.
         line = told(info_s.index(buffer))
         batch = field(line, 0)
@@ -257,6 +239,7 @@ def consumer(
         key0 = field(line, 2) * BLOCK_K + C * ROWS
         slot = field(line, 6)
         rep = field(line, 7)
+        mbarrier.arrive(k_free.index(buffer), count=1)
         dk = dk * scale
         whole = True
         if part_dk is not None:
@@ -269,10 +252,11 @@ def consumer(
                 at = (batch * heads + head).to(gl.int64) * k_len + key0
                 store_wide(members_dk, members_dv, at, dk, dv, k_len - key0, O)
             else:
-                # Values straight from registers: where the keys' gradients leave from, dQ leaves until now.
-                at = (batch * heads + head).to(gl.int64) * k_len + key0
-                store_rows(dv_out, at, dv.to(kind), k_len - key0, O)
                 own = o_s.index(C * (128 // D))
+                tma.store_wait(0)
+                own.reshape([ROWS, D]).store(dv.to(kind))
+                fence_async_shared()
+                tma.async_copy_shared_to_global(dv_out, [batch, head, key0, 0], own)
                 tma.store_wait(0)
                 own.reshape([ROWS, D]).store(dk.to(kind))
                 fence_async_shared()
@@ -280,9 +264,6 @@ def consumer(
         turn += 1
         mbarrier.wait(k_full.index(turn % ITEMS), (turn // ITEMS) & 1)
         more = field(told(info_s.index(turn % ITEMS)), 0) >= 0
-    if steps > 0:
-        last_dq(C, ds_s, dq_sum, dq_s, k_s.index((turn + 1) % ITEMS).reshape([BLOCK_K, D]), free, steps,
-                batch_before, head_before, query_before, STAGES, D, T)  # fmt: skip
     tma.store_wait(0)
 
 
@@ -298,9 +279,9 @@ def five_kernel(
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
     # fmt: on
-    """As ``columns_kernel``, of 128×128 tiles; dv_out is a pointer, contiguous. dq_sum is a TMA descriptor
-    of fp32 ``[B, H, Nq, D]``, zeros at first, to which dQ ÷ scale is added. M is 64 for head_dim 128 and 128
-    for head_dim 64: 64×64 of a step's dQ are each consumer's. k and v come in boxes of BLOCK_K rows."""
+    """As ``columns_kernel``, for tiles of 128×128. dq_sum is a TMA descriptor of fp32 ``[B, H, Nq, D]``,
+    zeros at first, to which dQ ÷ scale is added. M is 64 for head_dim 128 and 128 for head_dim 64: 64×64 of
+    a step's dQ are each consumer's. k and v come in boxes of BLOCK_K rows."""
     kind: gl.constexpr = q.dtype
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

@@ -45,7 +45,7 @@ class Depth(NamedTuple):
     """How many tiles and how many items lie in shared memory at a time."""
 
     stages: int
-    items: int
+    items: int = 1
 
 
 class Steps(NamedTuple):
@@ -58,7 +58,7 @@ class Steps(NamedTuple):
 # By block and head_dim; what fits. Two programs of blocks of 64 share a multiprocessor; of wide heads they
 # have registers for 32 queries.
 FORWARD = {(128, 64): Depth(4, 2), (128, 128): Depth(2, 2), (64, 64): Depth(3, 2), (64, 128): Depth(2, 2)}
-BACKWARD_ROWS = {(128, 64): 4, (128, 128): 2, (64, 64): 3, (64, 128): 2}  # stages of keys and values
+BACKWARD_ROWS = {(128, 64): Depth(4, 2), (128, 128): Depth(2), (64, 64): Depth(3), (64, 128): Depth(2)}
 BACKWARD_COLUMNS = {(128, 64): Steps(4), (128, 128): Steps(3), (64, 64): Steps(4), (64, 128): Steps(2, 32)}
 BACKWARD_FIVE = {64: Steps(2, 128), 128: Steps(2)}  # columns and dQ in one kernel; blocks of 128
 _SCALED_ENTRIES = 4096  # of dQ's sum that a program scales
@@ -212,6 +212,7 @@ def backward_launches(
         **strides_of("tg", None if tile_grad is None else tile_grad[0], "bh"),
         "tile_grad_step": 0 if tile_grad is None else tile_grad[0].numel(),
     }
+    scales = {"scale": float(request.scale), "scale2": request.scale * LOG2E}
 
     owners = Owners.of(layout, q.shape[0], out_heads)
     plan = scheduled(layout, "columns", owners, target)
@@ -235,8 +236,7 @@ def backward_launches(
         "heads": out_heads,
         "k_len": layout.k_len,
         "k_blocks": layout.k_blocks,
-        "scale": float(request.scale),
-        "scale2": request.scale * LOG2E,
+        **scales,
         "M": step,
         "STAGES": stages,
         "MEMBERS": heads // out_heads,
@@ -244,7 +244,7 @@ def backward_launches(
     kernel = hopper_columns.columns_kernel
     if dq_sum is not None:
         kernel = hopper_five.five_kernel
-        arguments |= {"dq_sum": _summed(dq_sum), "dv_out": dv, **tile_sums}
+        arguments |= {"dq_sum": _summed(dq_sum), **tile_sums}
     columns = [_launch(kernel, arguments, layout, target, {"counter": "column_counter"})]
     for name, part, into in (("dk", part_dk, column_dk), ("dv", part_dv, column_dv)):
         if part is not None:
@@ -263,22 +263,26 @@ def backward_launches(
     owners = Owners.of(layout, q.shape[0], heads)
     plan = scheduled(layout, "rows", owners, target)
     part_dq = parts_of(plan, owners, layout, q)
+    depth = BACKWARD_ROWS[block, dim]
     arguments = {
         "q": _described(q, ROWS),
         "grad_out": _described(grad_out, ROWS),
         "k": _described(k, block),
         "v": _described(v, block),
         "dq_out": _described(dq, ROWS),
-        "lse2": _line(lse2, layout.q_len, ROWS),
-        "delta": _line(delta, layout.q_len, ROWS),
+        "lse2": lse2,
+        "delta": delta,
         "part_dq": part_dq,
         "counter": row_counter,
         **tile_sums,
         **_walked(plan, owners, request, q, k),
         "heads": heads,
+        "q_len": layout.q_len,
         "q_blocks": layout.q_blocks,
-        "scale": float(request.scale),
-        "STAGES": BACKWARD_ROWS[block, dim],
+        "pitch": pitch,
+        **scales,
+        "STAGES": depth.stages,
+        "QS": depth.items,
     }
     rows = [_launch(hopper_rows.rows_kernel, arguments, layout, target, {"counter": "row_counter"})]
     if part_dq is not None:

@@ -2,8 +2,7 @@
 """Backward on Hopper, dQ = scale·Σ dS·K: programs own query tiles and walk the key tiles that they attend.
 
 P comes from the saved LSE, dS = P∘(dO·Vᵀ − δ); see ``triton_backward.py``. dS stays in registers as left
-operand of the third product. Q and dO of the items lie in a ring of three: the next item's Q comes while this
-one is at work, its dO to where this one's Q lay, and dQ leaves from where dO lay.
+operand of the third product. The producer and its barriers are those of the forward, with dO beside Q.
 """
 
 from triton.experimental import gluon
@@ -31,45 +30,24 @@ from sparsetile.kernels.hopper_tiles import (
 )
 from sparsetile.kernels.triton_tiles import COUNTS
 
-LEFTS = gl.constexpr(3)
-"""Tiles of queries, or of their gradients, in shared memory: an item's two, and the next one's queries."""
-
-ITEMS = gl.constexpr(2)  # that consumers may read at a time
-
-
-@gluon.jit
-def load_left(x, line, use, batch, head, query0, lefts, full, CONSUMERS: gl.constexpr, D: gl.constexpr):
-    """Loads an item's queries with their LSE, or their gradients with δ."""
-    left_s, line_s = lefts
-    place = (use % LEFTS) * CONSUMERS
-    beside = ((use + 1) % 2) * CONSUMERS
-    here = full.index(use % LEFTS)
-    mbarrier.expect(here, CONSUMERS * ROWS * (D * 2 + 4))
-    for c in gl.static_range(CONSUMERS):
-        row = query0 + c * ROWS
-        tma.async_copy_global_to_shared(x, [batch, head, row, 0], here, left_s.index(place + c))
-        tma.async_copy_global_to_shared(line, [batch, head, row], here, line_s.index(beside + c))
-
 
 # fmt: off
 @gluon.jit
 def producer(
     tensors, walk, bias, buffers, signals,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, QS: gl.constexpr,
     BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
 ):
     # fmt: on
-    q, grad_out, k, v, lse2, delta = tensors
+    q, grad_out, k, v = tensors
     counter, items, others, counts = walk
     item_count, first_count, reps, heads, layout_heads, group, blocks, works = counts
     tile_bias, edges, st_b, st_h = bias
-    lefts, k_s, v_s, info_s, edge_s, bias_s = buffers
-    full, free, k_full, k_free, v_full, v_free = signals
+    q_s, g_s, k_s, v_s, _, info_s, edge_s, bias_s = buffers
+    q_full, q_free, k_full, k_free, v_full, v_free = signals
     CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
     tiles = 0
     turn = 0
-    # As if the dQ of an item before left from the first place: LSEs, too, lie there one at a time.
-    mbarrier.arrive(full.index(0), count=1)
     work = gl.atomic_add(counter, 1)
     more = work < works
     while more:
@@ -80,10 +58,15 @@ def producer(
         work = gl.atomic_add(counter, 1)
         more = work < works
         if row >= 0:
-            use = 2 * turn + 1
-            mbarrier.wait(free.index(use % LEFTS), ((use // LEFTS) & 1) ^ 1)
-            tell(info_s.index(turn % ITEMS), batch, head, block, start, full_end, end, slot, rep)
-            load_left(q, lse2, use, batch, head, block * BLOCK_Q, lefts, full, CONSUMERS, D)
+            buffer = turn % QS
+            mbarrier.wait(q_free.index(buffer), ((turn // QS) & 1) ^ 1)
+            tell(info_s.index(buffer), batch, head, block, start, full_end, end, slot, rep)
+            full = q_full.index(buffer)
+            mbarrier.expect(full, BLOCK_Q * D * 4)
+            for c in gl.static_range(CONSUMERS):
+                at = [batch, head, block * BLOCK_Q + c * ROWS, 0]
+                tma.async_copy_global_to_shared(q, at, full, q_s.index(buffer * CONSUMERS + c))
+                tma.async_copy_global_to_shared(grad_out, at, full, g_s.index(buffer * CONSUMERS + c))
             kv_head = head // group
             for entry in range(start, end):
                 at = [batch, kv_head, gl.load(others + entry).to(gl.int32) * BLOCK_K, 0]
@@ -99,20 +82,11 @@ def producer(
                 mbarrier.expect(k_full.index(stage), BLOCK_K * D * 2)
                 tma.async_copy_global_to_shared(k, at, k_full.index(stage), k_s.index(stage))
                 tiles += 1
-                if entry == start:
-                    # Where the queries of the item before lie, until its last scores are made.
-                    mbarrier.wait(free.index((use + 1) % LEFTS), (((use + 1) // LEFTS) & 1) ^ 1)
-                    load_left(
-                        grad_out, delta, use + 1, batch, head, block * BLOCK_Q, lefts, full, CONSUMERS, D
-                    )
-            if start >= end:
-                mbarrier.wait(free.index((use + 1) % LEFTS), (((use + 1) // LEFTS) & 1) ^ 1)
-                mbarrier.arrive(full.index((use + 1) % LEFTS), count=1)
             turn += 1
-    use = 2 * turn + 1
-    mbarrier.wait(free.index(use % LEFTS), ((use // LEFTS) & 1) ^ 1)
-    tell_end(info_s.index(turn % ITEMS))
-    mbarrier.arrive(full.index(use % LEFTS), count=1)
+    buffer = turn % QS
+    mbarrier.wait(q_free.index(buffer), ((turn // QS) & 1) ^ 1)
+    tell_end(info_s.index(buffer))
+    mbarrier.arrive(q_full.index(buffer), count=1)
 
 
 @gluon.jit
@@ -132,29 +106,29 @@ def keep_sums(into, first, step, row_sums):
 @gluon.jit
 def consumer(
     C: gl.constexpr, tensors, bias, bias_grad, buffers, signals,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, QS: gl.constexpr,
     PARTIAL: gl.constexpr,
 ):
     # fmt: on
-    dq, part_dq, mask_ids, masks, reps, scale = tensors
+    dq, lse2, delta, part_dq, mask_ids, masks, heads, reps, q_len, pitch, scale, scale2 = tensors
     tile_grad, stg_b, stg_h, step = bias_grad
     tile_bias = bias[0]
-    lefts, k_s, v_s, info_s, edge_s, bias_s = buffers
-    left_s, line_s = lefts
-    full, free, k_full, k_free, v_full, v_free = signals
+    q_s, g_s, k_s, v_s, o_s, info_s, edge_s, bias_s = buffers
+    q_full, q_free, k_full, k_free, v_full, v_free = signals
     CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
-    kind: gl.constexpr = k_s.dtype
+    kind: gl.constexpr = q_s.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
     zero = gl.zeros([ROWS, BLOCK_K], gl.float32, S)
-    scale2 = scale * LOG2E
     tiles = 0
     turn = 0
-    mbarrier.wait(full.index(1), 0)
+    mbarrier.wait(q_full.index(0), 0)
     more = field(told(info_s.index(0)), 0) >= 0
     while more:
-        line = told(info_s.index(turn % ITEMS))
+        buffer = turn % QS
+        line = told(info_s.index(buffer))
         batch = field(line, 0)
         head = field(line, 1)
         block = field(line, 2)
@@ -163,23 +137,21 @@ def consumer(
         end = field(line, 5)
         slot = field(line, 6)
         rep = field(line, 7)
-        queries = (2 * turn + 1) % LEFTS
-        grads = (2 * turn + 2) % LEFTS
-        grads_phase = ((2 * turn + 2) // LEFTS) & 1
-        grads_before = (2 * turn) % LEFTS
-        lse_row = line_s.index(C).reshape([ROWS]).load(gl.SliceLayout(1, S))
+        query = block * BLOCK_Q + C * ROWS + rows
+        at = (batch * heads + head).to(gl.int64) * pitch
+        lse_row = gl.load(lse2 + at + query, mask=query < q_len, other=0.0)
+        delta_row = gl.load(delta + at + query, mask=query < q_len, other=0.0)
         acc = gl.zeros([ROWS, D], gl.float32, O)
         for entry in range(start, end):
             stage = tiles % STAGES
             phase = (tiles // STAGES) & 1
             # No compiler knows this in advance: descriptors of q and g are not hoisted, and spilled.
-            mine = C + (entry >> 30)
-            q = left_s.index(queries * CONSUMERS + mine).reshape([ROWS, D])
-            g = left_s.index(grads * CONSUMERS + mine).reshape([ROWS, D])
+            mine = buffer * CONSUMERS + C + (entry >> 30)
+            q = q_s.index(mine).reshape([ROWS, D])
+            g = g_s.index(mine).reshape([ROWS, D])
             mbarrier.wait(k_full.index(stage), phase)
             k = k_s.index(stage).reshape([BLOCK_K, D])
             s_token = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-            mbarrier.wait(full.index(grads), grads_phase)
             mbarrier.wait(v_full.index(stage), phase)
             v = v_s.index(stage).reshape([BLOCK_K, D])
             d_token = warpgroup_mma(g, v.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -194,26 +166,15 @@ def consumer(
             mbarrier.wait(v_full.index(stage), phase)
             d = warpgroup_mma_wait(0, deps=[d_token])
             mbarrier.arrive(v_free.index(stage), count=1)
-            delta_row = line_s.index(CONSUMERS + mine).reshape([ROWS]).load(gl.SliceLayout(1, S))
-            # The next item's dO comes to where Q lies, its δ beside it.
-            mbarrier.arrive(free.index(queries), count=1, pred=entry + 1 == end)
             p = p * (d - delta_row[:, None])
             if tile_grad is not None:
                 into = tile_grad + batch.to(gl.int64) * stg_b + head.to(gl.int64) * stg_h
                 keep_sums(into + noted(edge_s, stage), C * 4, step, gl.sum(p, 1))
             ds = gl.convert_layout(p.to(kind), P)
-            if entry == start:
-                # By now the dQ of the item before has left from where its dO lay.
-                tma.store_wait(0)
-                mbarrier.arrive(free.index(grads_before), count=1)
             acc = warpgroup_mma(ds, k, acc)
             mbarrier.arrive(k_free.index(stage), count=1)
             tiles += 1
-        if start >= end:
-            mbarrier.wait(full.index(grads), grads_phase)
-            mbarrier.arrive(free.index(queries), count=1)
-            tma.store_wait(0)
-            mbarrier.arrive(free.index(grads_before), count=1)
+        mbarrier.arrive(q_free.index(buffer), count=1)
         acc = acc * scale
         whole = True
         if part_dq is not None:
@@ -224,13 +185,14 @@ def consumer(
                 dims = gl.arange(0, D, layout=gl.SliceLayout(0, O))
                 gl.store(part_dq + part * D + o_rows[:, None] * D + dims[None, :], acc)
         if whole:
-            leaving = left_s.index(grads * CONSUMERS + C)
-            leaving.reshape([ROWS, D]).store(acc.to(kind))
+            tma.store_wait(0)
+            o_s.index(C).reshape([ROWS, D]).store(acc.to(kind))
             fence_async_shared()
-            tma.async_copy_shared_to_global(dq, [batch, head, block * BLOCK_Q + C * ROWS, 0], leaving)
+            tma.async_copy_shared_to_global(dq, [batch, head, block * BLOCK_Q + C * ROWS, 0], o_s.index(C))
         turn += 1
-        mbarrier.wait(full.index((2 * turn + 1) % LEFTS), ((2 * turn + 1) // LEFTS) & 1)
-        more = field(told(info_s.index(turn % ITEMS)), 0) >= 0
+        buffer = turn % QS
+        mbarrier.wait(q_full.index(buffer), (turn // QS) & 1)
+        more = field(told(info_s.index(buffer)), 0) >= 0
     tma.store_wait(0)
 
 
@@ -239,55 +201,53 @@ def consumer(
 def rows_kernel(
     q, grad_out, k, v, dq_out, lse2, delta, part_dq, tile_bias, edges, tile_grad, counter, items, others,
     mask_ids, masks, st_b, st_h, stg_b, stg_h, tile_grad_step, item_count, first_count, reps, heads,
-    layout_heads, group, q_blocks, works, scale,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    layout_heads, group, q_len, q_blocks, pitch, works, scale, scale2,
+    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, QS: gl.constexpr,
     PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
     # fmt: on
-    """Items are rows of the layout. q, grad_out, k, v and dq_out are TMA descriptors of ``[B, H, N, D]``,
-    lse2 and delta of ``[B, H, Nq]``."""
+    """Items are rows of the layout. q, grad_out, k, v and dq_out are TMA descriptors of ``[B, H, N, D]``;
+    lse2 and delta lie in lines of ``pitch``; ``scale2`` is ``scale`` in base 2."""
     CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
     kind: gl.constexpr = q.dtype
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    lefts = (
-        gl.allocate_shared_memory(kind, [LEFTS * CONSUMERS, 1, 1, ROWS, D], q.layout),
-        gl.allocate_shared_memory(gl.float32, [2 * CONSUMERS, 1, 1, ROWS], lse2.layout),
-    )
     buffers = (
-        lefts,
+        gl.allocate_shared_memory(kind, [QS * CONSUMERS, 1, 1, ROWS, D], q.layout),
+        gl.allocate_shared_memory(kind, [QS * CONSUMERS, 1, 1, ROWS, D], grad_out.layout),
         gl.allocate_shared_memory(kind, [STAGES, 1, 1, BLOCK_K, D], k.layout),
         gl.allocate_shared_memory(kind, [STAGES, 1, 1, BLOCK_K, D], v.layout),
-        gl.allocate_shared_memory(gl.int32, [ITEMS, 8], flat),
+        gl.allocate_shared_memory(kind, [CONSUMERS, 1, 1, ROWS, D], dq_out.layout),
+        gl.allocate_shared_memory(gl.int32, [QS, 8], flat),
         gl.allocate_shared_memory(gl.int32, [STAGES, 1], flat),
         gl.allocate_shared_memory(gl.float32, [STAGES, 1], flat),
     )
-    full, free = barriers(LEFTS, CONSUMERS)
+    q_full, q_free = barriers(QS, CONSUMERS)
     k_full, k_free = barriers(STAGES, CONSUMERS)
     v_full, v_free = barriers(STAGES, CONSUMERS)
-    signals = (full, free, k_full, k_free, v_full, v_free)
+    signals = (q_full, q_free, k_full, k_free, v_full, v_free)
     fence_async_shared()
-    loads = (q, grad_out, k, v, lse2, delta)
+    loads = (q, grad_out, k, v)
     counts = (item_count, first_count, reps, heads, layout_heads, group, q_blocks, works)
     walk = (counter, items, others, counts)
     bias = (tile_bias, edges, st_b, st_h)
     bias_grad = (tile_grad, stg_b, stg_h, tile_grad_step)
-    stores = (dq_out, part_dq, mask_ids, masks, reps, scale)
+    stores = (dq_out, lse2, delta, part_dq, mask_ids, masks, heads, reps, q_len, pitch, scale, scale2)
     # fmt: off
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consumer, (gl.constexpr(0), stores, bias, bias_grad, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, STAGES, PARTIAL)),
+                        D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
             (consumer, (gl.constexpr(1), stores, bias, bias_grad, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, STAGES, PARTIAL)),
+                        D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
             (producer, (loads, walk, bias, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, STAGES, BATCH_SHARED, HEADS_SHARED)),
+                        D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
             (consumer, (gl.constexpr(0), stores, bias, bias_grad, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, STAGES, PARTIAL)),
+                        D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
             (producer, (loads, walk, bias, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, STAGES, BATCH_SHARED, HEADS_SHARED)),
+                        D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [1], [PRODUCER_REGISTERS])
     # fmt: on
