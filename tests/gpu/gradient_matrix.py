@@ -35,7 +35,7 @@ FEATURES = ("causal", "gqa", "padding", "dropout", "tile_bias", "attn_bias", "ls
 RATIO, FP32_ERROR = 1.2, 1e-5
 SERVED = {
     "triton": (HEAD_DIMS, DTYPES, BLOCKS, FEATURES),
-    "hopper": ((128, 64), DTYPES[1:], (128, 64), ("causal", "gqa", "tile_bias", "lse")),
+    "hopper": (HEAD_DIMS[1:], DTYPES[1:], (128, 64), ("causal", "gqa", "tile_bias", "lse")),
 }
 """What each backend answers for: head_dims, dtypes, blocks, features."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+import gluon_on_cpu
 from gluon_on_cpu import emulated
 from gpu.gradient_matrix import RATIO, dense_answers
 from oracle import FLOOR, Case, random_case, relative_error, run, spread_error
@@ -71,6 +73,51 @@ def test_output_and_gradients(block: int, head_dim: int, dtype: torch.dtype) -> 
     check(hopper_backend, case_of(block, head_dim, {"strided"}, dtype=dtype))
 
 
+def test_the_emulator_s_copies_end_where_the_hardware_s_do() -> None:
+    """Past a tensor's end zeros come, which count as bytes, and nothing is stored or added."""
+    memory = torch.randn(6, 10)
+    tensor = memory[:5, :8]
+    place = SimpleNamespace(base=tensor, shape=tensor.shape, block_shape=(4, 16))
+    full, got = gluon_on_cpu.Barrier(), gluon_on_cpu.Smem(torch.full((4, 16), torch.nan))
+    gluon_on_cpu.init(full, 1)
+    gluon_on_cpu.expect(full, 4 * 16 * 4)
+    gluon_on_cpu.copy_in(place, (3, 4), full, got)
+    full.wait(0)
+    assert torch.equal(got.data[:2, :4], tensor[3:, 4:])
+    assert got.data.count_nonzero() == 8
+    for send, factor in ((gluon_on_cpu.copy_out, 0), (gluon_on_cpu.add_out, 1)):
+        expected = memory.clone()
+        expected[3:5, 4:8] = factor * expected[3:5, 4:8] + 7.0
+        send(place, (3, 4), gluon_on_cpu.Smem(torch.full((4, 16), 7.0)))
+        send(place, (3, 8), gluon_on_cpu.Smem(torch.full((4, 16), 9.0)))
+        gluon_on_cpu.store_wait(0)
+        assert torch.equal(memory, expected)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "block", "dtype", "features"),
+    [
+        (96, 128, torch.bfloat16, {"strided"}),
+        (80, 128, torch.float16, {"tile_bias", "lse"}),
+        (32, 128, torch.float16, {"gqa"}),
+        (96, 64, torch.float16, {"gqa", "per_head"}),
+        (80, 64, torch.bfloat16, {"strided", "lse"}),
+        (32, 64, torch.float16, {"tile_bias", "per_batch"}),
+        (8, 128, torch.float16, set()),
+        (72, 128, torch.bfloat16, set()),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 1000])
+def test_head_dims_narrower_than_their_buffers(
+    head_dim: int, block: int, dtype: torch.dtype, features: set[str], chunk: int
+) -> None:
+    """With rows and columns in parts, too, which are as wide as the tensors."""
+    if chunk == 1:
+        dtype = torch.float16  # see test_features
+    with override(chunk=chunk):
+        check(hopper_backend, case_of(block, head_dim, features, dtype=dtype))
+
+
 @pytest.mark.parametrize(
     "features",
     [
@@ -106,6 +153,7 @@ def test_group_summed_inside_the_program(monkeypatch: pytest.MonkeyPatch, block:
     monkeypatch.setattr(hopper_backend, "target_of", lambda device: Target("hopper", 1))
     check(hopper_backend, case_of(block, 64, {"tile_bias"}, heads=4, key_heads=2))
     check(hopper_backend, case_of(block, 128, {"tile_bias"}, heads=4, key_heads=1, k_len=300))
+    check(hopper_backend, case_of(block, 40, heads=4, key_heads=2))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +219,8 @@ def test_a_gradient_without_strides_is_copied() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"head_dim": 96}, "head_dim 64 and 128, not 96"),
+        ({"head_dim": 136}, "head_dim 8 to 128 in multiples of 8, not 136"),
+        ({"head_dim": 60}, "head_dim 8 to 128 in multiples of 8, not 60"),
         ({"dtype": torch.float32}, "fp16 and bf16, not torch.float32"),
         ({"block": 32}, "not 32×32"),
         ({"features": {"dropout"}}, "no dropout"),

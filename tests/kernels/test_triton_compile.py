@@ -81,6 +81,7 @@ def test_hopper_s_own_kernels_fit_and_spill_next_to_nothing() -> None:
         cases += [["hopper backward", dim, "bfloat16", "sm_90", {"lean": True, "at": at}] for at in (0, 1)]
         small = {"block": 64, "group": 2}
         cases += [["hopper backward", dim, "bfloat16", "sm_90", {**small, "at": at}] for at in (0, 1)]
+    cases += [[f"hopper {way}", 96, "bfloat16", "sm_90", {"split": True}] for way in ("forward", "backward")]
     biased = [["hopper backward", 128, "bfloat16", "sm_90", {"biased": True}]]
     results = compile_all(cases + biased)
     assert_fit(results)

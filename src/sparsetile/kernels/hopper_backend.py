@@ -17,7 +17,7 @@ from sparsetile.kernels.request import Gradients, Request
 from sparsetile.kernels.triton_backend import backward_by, forward_by
 from sparsetile.kernels.triton_config import target_of
 
-HEAD_DIMS = (64, 128)
+LARGEST_HEAD_DIM = 128
 BLOCKS = (64, 128)
 _MOST_TILES = 2**30  # entries are counted in steps of half a tile, in int32
 
@@ -60,8 +60,8 @@ def unserved(q: Tensor, k: Tensor, v: Tensor, request: Request) -> str | None:
     layout = request.layout
     if q.dtype != torch.bfloat16 and q.dtype != torch.float16:
         return f"serves fp16 and bf16, not {q.dtype}"
-    if q.shape[3] not in HEAD_DIMS:
-        return f"serves head_dim 64 and 128, not {q.shape[3]}"
+    if not 0 < q.shape[3] <= LARGEST_HEAD_DIM or q.shape[3] % 8:
+        return f"serves head_dim 8 to {LARGEST_HEAD_DIM} in multiples of 8, not {q.shape[3]}"
     if layout.block_q != layout.block_k or layout.block_q not in BLOCKS:
         return f"serves tiles of 64×64 and 128×128 tokens, not {layout.block_q}×{layout.block_k}"
     if request.dropout_p > 0:

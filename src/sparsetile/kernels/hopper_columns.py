@@ -37,11 +37,11 @@ ITEMS = gl.constexpr(2)  # whose keys lie in shared memory: one is read while th
 
 
 @gluon.jit
-def step_buffers(q, grad_out, lse2, delta, M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+def step_buffers(q, grad_out, lse2, delta, M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr):
     """Where STAGES steps lie: Q, dO, LSE, δ, and the tile's place among the layout's and its bias."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    q_s = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, M, D], q.layout)
-    g_s = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, M, D], grad_out.layout)
+    q_s = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, M, BLOCK_D], q.layout)
+    g_s = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, M, BLOCK_D], grad_out.layout)
     lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, M], lse2.layout)
     delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 1, M], delta.layout)
     edge_s = gl.allocate_shared_memory(gl.int32, [STAGES, 1], flat)
@@ -53,7 +53,8 @@ def step_buffers(q, grad_out, lse2, delta, M: gl.constexpr, D: gl.constexpr, STA
 @gluon.jit
 def load_steps(
     tensors, others, bias, stream, full, free, steps, batch, head, start, end,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
+    MEMBERS: gl.constexpr,
 ):
     # fmt: on
     """Loads what an item's steps read, for one query head of its group after the other; returns the count of
@@ -74,7 +75,7 @@ def load_steps(
             if tile_bias is not None:
                 own = tile_bias + batch.to(gl.int64) * st_b + q_head.to(gl.int64) * st_h
                 note_down(edge_s, bias_s, stage, own, edges, step // STEPS)
-            mbarrier.expect(here, 2 * (M * D * 2 + M * 4))
+            mbarrier.expect(here, 2 * (M * BLOCK_D * 2 + M * 4))
             tma.async_copy_global_to_shared(q, tile_at, here, q_s.index(stage))
             tma.async_copy_global_to_shared(lse2, line_at, here, lse_s.index(stage))
             tma.async_copy_global_to_shared(grad_out, tile_at, here, g_s.index(stage))
@@ -87,8 +88,8 @@ def load_steps(
 @gluon.jit
 def producer(
     tensors, walk, bias, buffers, signals,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
-    MEMBERS: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr,
+    STAGES: gl.constexpr, MEMBERS: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
 ):
     # fmt: on
     k, v, of_steps = tensors
@@ -114,7 +115,7 @@ def producer(
             here = kv_full.index(buffer)
             mbarrier.wait(kv_free.index(buffer), ((turn // ITEMS) & 1) ^ 1)
             tell(info_s.index(buffer), batch, head, block, start, full_end, end, slot, rep)
-            mbarrier.expect(here, BLOCK_K * D * 4)
+            mbarrier.expect(here, BLOCK_K * BLOCK_D * 4)
             kv_head = head * MEMBERS // group
             for c in gl.static_range(CONSUMERS):
                 at = [batch, kv_head, block * BLOCK_K + c * ROWS, 0]
@@ -122,7 +123,7 @@ def producer(
                 tma.async_copy_global_to_shared(v, at, here, v_s.index(buffer * CONSUMERS + c))
             steps = load_steps(
                 of_steps, others, bias, stream, full, free, steps, batch, head, start, end,
-                D, BLOCK_Q, M, STAGES, MEMBERS,
+                BLOCK_D, BLOCK_Q, M, STAGES, MEMBERS,
             )  # fmt: skip
             turn += 1
     buffer = turn % ITEMS
@@ -164,21 +165,22 @@ def weights(
 
 
 @gluon.jit
-def store_wide(dk_to, dv_to, at, dk, dv, rows_left, O: gl.constexpr):
-    """Stores fp32 dk and dv from row ``at`` of buffers as wide as they are, as far as rows are left."""
+def store_wide(dk_to, dv_to, at, dk, dv, rows_left, D: gl.constexpr, O: gl.constexpr):
+    """Stores fp32 dk and dv from row ``at`` of lines of D entries, of which they may have more, as far as
+    rows are left."""
     rows = gl.arange(0, dk.shape[0], layout=gl.SliceLayout(1, O))[:, None]
     dims = gl.arange(0, dk.shape[1], layout=gl.SliceLayout(0, O))[None, :]
-    offsets = at * dk.shape[1] + rows * dk.shape[1] + dims
-    gl.store(dk_to + offsets, dk, mask=(rows < rows_left) & (dims >= 0))
-    gl.store(dv_to + offsets, dv, mask=(rows < rows_left) & (dims >= 0))
+    offsets = at * D + rows * D + dims
+    gl.store(dk_to + offsets, dk, mask=(rows < rows_left) & (dims < D))
+    gl.store(dv_to + offsets, dv, mask=(rows < rows_left) & (dims < D))
 
 
 # fmt: off
 @gluon.jit
 def consumer(
     C: gl.constexpr, tensors, bias, buffers, signals,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
-    MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
 ):
     # fmt: on
     dk_out, dv_out, part_dk, part_dv, members_dk, members_dv = tensors[:6]
@@ -191,7 +193,7 @@ def consumer(
     STEPS: gl.constexpr = BLOCK_Q // M
     kind: gl.constexpr = q_s.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     steps = 0
     turn = 0
@@ -203,16 +205,16 @@ def consumer(
         start = field(line, 3)
         full_end = field(line, 4)
         end = field(line, 5)
-        dk = gl.zeros([ROWS, D], gl.float32, O)
-        dv = gl.zeros([ROWS, D], gl.float32, O)
+        dk = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
+        dv = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
         zero = gl.zeros([ROWS, M], gl.float32, S)
         span = (end - start) * STEPS
         count = span * MEMBERS
         # The first scores; of an item without steps of whatever lies there: a product that some branches
         # leave out makes ptxas wait for each of them.
         mbarrier.wait(full.index(steps % STAGES), (steps // STAGES) & 1, pred=count > 0)
-        k = k_s.index(buffer * CONSUMERS + C + (count >> 30)).reshape([ROWS, D])
-        q = q_s.index(steps % STAGES).reshape([M, D])
+        k = k_s.index(buffer * CONSUMERS + C + (count >> 30)).reshape([ROWS, BLOCK_D])
+        q = q_s.index(steps % STAGES).reshape([M, BLOCK_D])
         s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False)
         # By now the item before has left its buffer.
         tma.store_wait(0)
@@ -220,10 +222,10 @@ def consumer(
         for i in range(count):
             # No compiler knows this to be C: descriptors of k and v are not hoisted, and spilled.
             mine = buffer * CONSUMERS + C + (i >> 30)
-            k = k_s.index(mine).reshape([ROWS, D])
-            v = v_s.index(mine).reshape([ROWS, D])
+            k = k_s.index(mine).reshape([ROWS, BLOCK_D])
+            v = v_s.index(mine).reshape([ROWS, BLOCK_D])
             stage = steps % STAGES
-            g = g_s.index(stage).reshape([M, D])
+            g = g_s.index(stage).reshape([M, BLOCK_D])
             d_token = warpgroup_mma(v, g.permute((1, 0)), zero, use_acc=False, is_async=True)
             at = i
             if MEMBERS > 1:
@@ -239,11 +241,11 @@ def consumer(
             dv_token = warpgroup_mma(p_left, g, dv, is_async=True)
             delta_row = delta_s.index(stage).reshape([M]).load(gl.SliceLayout(0, S))
             ds = gl.convert_layout((p * (d - delta_row[None, :])).to(kind), P)
-            dk_token = warpgroup_mma(ds, q_s.index(stage).reshape([M, D]), dk, is_async=True)
+            dk_token = warpgroup_mma(ds, q_s.index(stage).reshape([M, BLOCK_D]), dk, is_async=True)
             steps += 1
             after = steps % STAGES
             mbarrier.wait(full.index(after), (steps // STAGES) & 1, pred=i + 1 < count)
-            q = q_s.index(after).reshape([M, D])
+            q = q_s.index(after).reshape([M, BLOCK_D])
             s_token = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
             dv, p_left, dk, ds = warpgroup_mma_wait(1, deps=[dv_token, p_left, dk_token, ds])
             mbarrier.arrive(free.index(stage), count=1)
@@ -262,15 +264,15 @@ def consumer(
             if slot >= 0:
                 whole = False
                 at = (slot.to(gl.int64) * reps + rep) * BLOCK_K + C * ROWS
-                store_wide(part_dk, part_dv, at, dk, dv, ROWS, O)
+                store_wide(part_dk, part_dv, at, dk, dv, ROWS, D, O)
         if whole:
             if members_dk is not None:
                 at = (batch * heads + head).to(gl.int64) * k_len + key0
-                store_wide(members_dk, members_dv, at, dk, dv, k_len - key0, O)
+                store_wide(members_dk, members_dv, at, dk, dv, k_len - key0, D, O)
             else:
                 own = buffer * CONSUMERS + C
-                v_s.index(own).reshape([ROWS, D]).store(dv.to(kind))
-                k_s.index(own).reshape([ROWS, D]).store(dk.to(kind))
+                v_s.index(own).reshape([ROWS, BLOCK_D]).store(dv.to(kind))
+                k_s.index(own).reshape([ROWS, BLOCK_D]).store(dk.to(kind))
                 fence_async_shared()
                 tma.async_copy_shared_to_global(dv_out, [batch, head, key0, 0], v_s.index(own))
                 tma.async_copy_shared_to_global(dk_out, [batch, head, key0, 0], k_s.index(own))
@@ -286,9 +288,10 @@ def columns_kernel(
     q, grad_out, k, v, lse2, delta, dk_out, dv_out, part_dk, part_dv, members_dk, members_dv,
     tile_bias, edges, counter, items, others, mask_ids, masks, st_b, st_h, item_count, first_count, reps,
     heads, layout_heads, group, k_len, k_blocks, works, scale, scale2,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
-    MEMBERS: gl.constexpr, PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
-    REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
+    BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr, REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):
     # fmt: on
     """Items are columns of the layout. q, grad_out, k, v, dk_out and dv_out are TMA descriptors of
@@ -297,10 +300,10 @@ def columns_kernel(
     CONSUMERS: gl.constexpr = BLOCK_K // ROWS
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     buffers = (
-        gl.allocate_shared_memory(k.dtype, [ITEMS * CONSUMERS, 1, 1, ROWS, D], k.layout),
-        gl.allocate_shared_memory(k.dtype, [ITEMS * CONSUMERS, 1, 1, ROWS, D], v.layout),
+        gl.allocate_shared_memory(k.dtype, [ITEMS * CONSUMERS, 1, 1, ROWS, BLOCK_D], k.layout),
+        gl.allocate_shared_memory(k.dtype, [ITEMS * CONSUMERS, 1, 1, ROWS, BLOCK_D], v.layout),
         gl.allocate_shared_memory(gl.int32, [ITEMS, 8], flat),
-        step_buffers(q, grad_out, lse2, delta, M, D, STAGES),
+        step_buffers(q, grad_out, lse2, delta, M, BLOCK_D, STAGES),
     )
     kv_full, kv_free = barriers(ITEMS, CONSUMERS)
     full, free = barriers(STAGES, CONSUMERS)
@@ -318,17 +321,17 @@ def columns_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consumer, (gl.constexpr(0), stores, bias, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
             (consumer, (gl.constexpr(1), stores, bias, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
             (producer, (loads, walk, bias, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, BATCH_SHARED, HEADS_SHARED)),
+                        BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, BATCH_SHARED, HEADS_SHARED)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
             (consumer, (gl.constexpr(0), stores, bias, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
             (producer, (loads, walk, bias, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, BATCH_SHARED, HEADS_SHARED)),
+                        BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, BATCH_SHARED, HEADS_SHARED)),
         ], [1], [PRODUCER_REGISTERS])
     # fmt: on

@@ -41,8 +41,8 @@ def tma_add(desc, coord, source, _semantic=None):
 @gluon.jit
 def producer(
     tensors, walk, bias, buffers, signals,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
-    MEMBERS: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr,
+    STAGES: gl.constexpr, MEMBERS: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
 ):
     # fmt: on
     k, v, of_steps = tensors
@@ -68,16 +68,16 @@ def producer(
             at = [batch, head * MEMBERS // group, block * BLOCK_K, 0]
             mbarrier.wait(k_free.index(buffer), ((turn // ITEMS) & 1) ^ 1)
             tell(info_s.index(buffer), batch, head, block, start, full_end, end, slot, rep)
-            mbarrier.expect(here, BLOCK_K * D * 2)
+            mbarrier.expect(here, BLOCK_K * BLOCK_D * 2)
             tma.async_copy_global_to_shared(k, at, here, k_s.index(buffer))
             # Free as soon as the last dP of the item before is made.
             here = v_full.index(0)
             mbarrier.wait(v_free.index(0), (turn & 1) ^ 1)
-            mbarrier.expect(here, BLOCK_K * D * 2)
+            mbarrier.expect(here, BLOCK_K * BLOCK_D * 2)
             tma.async_copy_global_to_shared(v, at, here, v_s.index(0))
             steps = load_steps(
                 of_steps, others, bias, stream, full, free, steps, batch, head, start, end,
-                D, BLOCK_Q, M, STAGES, MEMBERS,
+                BLOCK_D, BLOCK_Q, M, STAGES, MEMBERS,
             )  # fmt: skip
             turn += 1
     buffer = turn % ITEMS
@@ -87,11 +87,11 @@ def producer(
 
 
 @gluon.jit
-def issue_dq(C: gl.constexpr, ds_s, slot, k_all, D: gl.constexpr, T: gl.constexpr):
+def issue_dq(C: gl.constexpr, ds_s, slot, k_all, BLOCK_D: gl.constexpr, T: gl.constexpr):
     """dS·K over all keys, in flight: 64 of the columns, or of narrow heads 64 of the queries."""
     dq = gl.zeros([64, 64], gl.float32, T)
     for half in gl.static_range(2):
-        if D > 64:
+        if BLOCK_D > 64:
             left = ds_s.index(slot * 2 + half)
             right = k_all.slice(C * 64, 64, 1).slice(half * ROWS, ROWS, 0)
         else:
@@ -102,13 +102,13 @@ def issue_dq(C: gl.constexpr, ds_s, slot, k_all, D: gl.constexpr, T: gl.constexp
 
 
 @gluon.jit
-def send_dq(C: gl.constexpr, dq, dq_sum, dq_s, batch, head, query0, D: gl.constexpr):
+def send_dq(C: gl.constexpr, dq, dq_sum, dq_s, batch, head, query0, BLOCK_D: gl.constexpr):
     """Adds this consumer's part of a step's dQ, once its part of the step before has left."""
     mine = dq_s.index(C)
     tma.store_wait(0)
     mine.reshape([64, 64]).store(dq)
     fence_async_shared()
-    if D > 64:
+    if BLOCK_D > 64:
         tma_add(dq_sum, [batch, head, query0, C * 64], mine)
     else:
         tma_add(dq_sum, [batch, head, query0 + C * 64, 0], mine)
@@ -118,8 +118,8 @@ def send_dq(C: gl.constexpr, dq, dq_sum, dq_s, batch, head, query0, D: gl.conste
 @gluon.jit
 def consumer(
     C: gl.constexpr, tensors, bias, bias_grad, buffers, signals,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
-    MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
 ):
     # fmt: on
     dk_out, dv_out, dq_sum, part_dk, part_dv, members_dk, members_dv = tensors[:7]
@@ -132,7 +132,7 @@ def consumer(
     STEPS: gl.constexpr = BLOCK_Q // M
     kind: gl.constexpr = q_s.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, M, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     T: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     steps = 0
@@ -147,8 +147,8 @@ def consumer(
         start = field(line, 3)
         full_end = field(line, 4)
         end = field(line, 5)
-        dk = gl.zeros([ROWS, D], gl.float32, O)
-        dv = gl.zeros([ROWS, D], gl.float32, O)
+        dk = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
+        dv = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
         zero = gl.zeros([ROWS, M], gl.float32, S)
         if tile_grad is not None:
             kept = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
@@ -157,8 +157,8 @@ def consumer(
         # The first scores; of an item without steps of whatever lies there: a product that some branches
         # leave out makes ptxas wait for each of them.
         mbarrier.wait(full.index(steps % STAGES), (steps // STAGES) & 1, pred=count > 0)
-        k = k_s.index(buffer + (count >> 30)).reshape([BLOCK_K, D]).slice(C * ROWS, ROWS, 0)
-        q = q_s.index(steps % STAGES).reshape([M, D])
+        k = k_s.index(buffer + (count >> 30)).reshape([BLOCK_K, BLOCK_D]).slice(C * ROWS, ROWS, 0)
+        q = q_s.index(steps % STAGES).reshape([M, BLOCK_D])
         s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False)
         # The first step makes dQ too, of whatever dS lies there: added to nothing.
         query_before = NOWHERE
@@ -166,11 +166,11 @@ def consumer(
         for i in range(count):
             # No compiler knows this to be 0: descriptors of k and v are not hoisted, and spilled.
             none = i >> 30
-            k_all = k_s.index(buffer + none).reshape([BLOCK_K, D])
+            k_all = k_s.index(buffer + none).reshape([BLOCK_K, BLOCK_D])
             k = k_all.slice(C * ROWS, ROWS, 0)
-            v = v_s.index(none).reshape([BLOCK_K, D]).slice(C * ROWS, ROWS, 0)
+            v = v_s.index(none).reshape([BLOCK_K, BLOCK_D]).slice(C * ROWS, ROWS, 0)
             stage = steps % STAGES
-            g = g_s.index(stage).reshape([M, D])
+            g = g_s.index(stage).reshape([M, BLOCK_D])
             mbarrier.wait(v_full.index(0), turn & 1, pred=i == 0)
             d_token = warpgroup_mma(v, g.permute((1, 0)), zero, use_acc=False, is_async=True)
             at = i
@@ -199,7 +199,7 @@ def consumer(
                 keep_sums(into + noted(edge_s, stage), C * 4, tile_grad_step, kept)
             ds_kind = p.to(kind)
             ds = gl.convert_layout(ds_kind, P)
-            dk_token = warpgroup_mma(ds, q_s.index(stage).reshape([M, D]), dk, is_async=True)
+            dk_token = warpgroup_mma(ds, q_s.index(stage).reshape([M, BLOCK_D]), dk, is_async=True)
             # Both consumers are through with the step before: its dS is here, and the dQ before it is made,
             # whose dS this one's replaces.
             mbarrier.wait(
@@ -207,18 +207,18 @@ def consumer(
             )
             ds_s.index((steps % SLOTS) * 2 + C).store(ds_kind)
             fence_async_shared()
-            dq_token = issue_dq(C, ds_s, (steps + SLOTS - 1) % SLOTS, k_all, D, T)
+            dq_token = issue_dq(C, ds_s, (steps + SLOTS - 1) % SLOTS, k_all, BLOCK_D, T)
             # All but dQ, which is two products.
             dv, p_left, dk, ds = warpgroup_mma_wait(2, deps=[dv_token, p_left, dk_token, ds])
             steps += 1
             after = steps % STAGES
             mbarrier.wait(full.index(after), (steps // STAGES) & 1, pred=i + 1 < count)
-            q = q_s.index(after).reshape([M, D])
+            q = q_s.index(after).reshape([M, BLOCK_D])
             s_token = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
             dq = warpgroup_mma_wait(1, deps=[dq_token])
             mbarrier.arrive(free.index(stage), count=1)
             mbarrier.arrive(v_free.index(0), count=1, pred=i + 1 == count)
-            send_dq(C, dq, dq_sum, dq_s, batch, head_before, query_before, D)
+            send_dq(C, dq, dq_sum, dq_s, batch, head_before, query_before, BLOCK_D)
             query_before = query0
             head_before = q_head
             # Nothing is in flight where the loop turns.
@@ -228,10 +228,10 @@ def consumer(
         mbarrier.arrive(v_free.index(0), count=1, pred=count <= 0)
         if count > 0:
             mbarrier.wait(free.index((steps + STAGES - 1) % STAGES), ((steps - 1) // STAGES) & 1)
-            k_all = k_s.index(buffer + (count >> 30)).reshape([BLOCK_K, D])
-            dq_token = issue_dq(C, ds_s, (steps + SLOTS - 1) % SLOTS, k_all, D, T)
+            k_all = k_s.index(buffer + (count >> 30)).reshape([BLOCK_K, BLOCK_D])
+            dq_token = issue_dq(C, ds_s, (steps + SLOTS - 1) % SLOTS, k_all, BLOCK_D, T)
             dq = warpgroup_mma_wait(0, deps=[dq_token])
-            send_dq(C, dq, dq_sum, dq_s, batch, head_before, query_before, D)
+            send_dq(C, dq, dq_sum, dq_s, batch, head_before, query_before, BLOCK_D)
         # Read again rather than held in registers meanwhile.
         line = told(info_s.index(buffer))
         batch = field(line, 0)
@@ -246,19 +246,19 @@ def consumer(
             if slot >= 0:
                 whole = False
                 at = (slot.to(gl.int64) * reps + rep) * BLOCK_K + C * ROWS
-                store_wide(part_dk, part_dv, at, dk, dv, ROWS, O)
+                store_wide(part_dk, part_dv, at, dk, dv, ROWS, D, O)
         if whole:
             if members_dk is not None:
                 at = (batch * heads + head).to(gl.int64) * k_len + key0
-                store_wide(members_dk, members_dv, at, dk, dv, k_len - key0, O)
+                store_wide(members_dk, members_dv, at, dk, dv, k_len - key0, D, O)
             else:
-                own = o_s.index(C * (128 // D))
+                own = o_s.index(C * (128 // BLOCK_D))
                 tma.store_wait(0)
-                own.reshape([ROWS, D]).store(dv.to(kind))
+                own.reshape([ROWS, BLOCK_D]).store(dv.to(kind))
                 fence_async_shared()
                 tma.async_copy_shared_to_global(dv_out, [batch, head, key0, 0], own)
                 tma.store_wait(0)
-                own.reshape([ROWS, D]).store(dk.to(kind))
+                own.reshape([ROWS, BLOCK_D]).store(dk.to(kind))
                 fence_async_shared()
                 tma.async_copy_shared_to_global(dk_out, [batch, head, key0, 0], own)
         turn += 1
@@ -274,26 +274,27 @@ def five_kernel(
     tile_bias, edges, tile_grad, counter, items, others, mask_ids, masks, st_b, st_h, stg_b, stg_h,
     tile_grad_step, item_count, first_count, reps, heads, layout_heads, group, k_len, k_blocks, works,
     scale, scale2,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
-    MEMBERS: gl.constexpr, PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
-    REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
+    BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr, REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):
     # fmt: on
     """As ``columns_kernel``, for tiles of 128×128. dq_sum is a TMA descriptor of fp32 ``[B, H, Nq, D]``,
-    zeros at first, to which dQ ÷ scale is added. M is 64 for head_dim 128 and 128 for head_dim 64: 64×64 of
-    a step's dQ are each consumer's. k and v come in boxes of BLOCK_K rows."""
+    zeros at first, to which dQ ÷ scale is added. M is 64 where BLOCK_D is 128, and 128 where it is 64: 64×64
+    of a step's dQ are each consumer's. k and v come in boxes of BLOCK_K rows."""
     kind: gl.constexpr = q.dtype
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     dq_s = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, 64], dq_sum.layout)
     buffers = (
-        gl.allocate_shared_memory(kind, [ITEMS, 1, 1, BLOCK_K, D], k.layout),
-        gl.allocate_shared_memory(kind, [1, 1, 1, BLOCK_K, D], v.layout),
+        gl.allocate_shared_memory(kind, [ITEMS, 1, 1, BLOCK_K, BLOCK_D], k.layout),
+        gl.allocate_shared_memory(kind, [1, 1, 1, BLOCK_K, BLOCK_D], v.layout),
         gl.allocate_shared_memory(gl.int32, [ITEMS, 8], flat),
-        step_buffers(q, grad_out, lse2, delta, M, D, STAGES),
+        step_buffers(q, grad_out, lse2, delta, M, BLOCK_D, STAGES),
         gl.allocate_shared_memory(kind, [2 * SLOTS, ROWS, M], swizzled),
         dq_s,
-        dq_s._reinterpret(kind, [2 * (128 // D), 1, 1, ROWS, D], dk_out.layout),
+        dq_s._reinterpret(kind, [2 * (128 // BLOCK_D), 1, 1, ROWS, BLOCK_D], dk_out.layout),
     )
     k_full, k_free = barriers(ITEMS, 2)
     v_full, v_free = barriers(1, 2)
@@ -312,10 +313,10 @@ def five_kernel(
     # fmt: off
     gl.warp_specialize([
         (consumer, (gl.constexpr(0), stores, bias, bias_grad, buffers, signals,
-                    D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
+                    D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
         (consumer, (gl.constexpr(1), stores, bias, bias_grad, buffers, signals,
-                    D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
+                    D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
         (producer, (loads, walk, bias, buffers, signals,
-                    D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, BATCH_SHARED, HEADS_SHARED)),
+                    BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, BATCH_SHARED, HEADS_SHARED)),
     ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
     # fmt: on

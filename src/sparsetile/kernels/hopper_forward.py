@@ -26,6 +26,7 @@ from sparsetile.kernels.hopper_tiles import (
     item_at,
     note_down,
     noted,
+    store_rows,
     tell,
     tell_end,
     told,
@@ -37,8 +38,8 @@ from sparsetile.kernels.triton_tiles import COUNTS
 @gluon.jit
 def producer(
     tensors, walk, bias, buffers, signals,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, QS: gl.constexpr,
-    BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    QS: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
 ):
     # fmt: on
     q, k, v = tensors
@@ -64,7 +65,7 @@ def producer(
             mbarrier.wait(q_free.index(buffer), ((turn // QS) & 1) ^ 1)
             tell(info_s.index(buffer), batch, head, block, start, full_end, end, slot, rep)
             full = q_full.index(buffer)
-            mbarrier.expect(full, BLOCK_Q * D * 2)
+            mbarrier.expect(full, BLOCK_Q * BLOCK_D * 2)
             for c in gl.static_range(CONSUMERS):
                 tma.async_copy_global_to_shared(
                     q, [batch, head, block * BLOCK_Q + c * ROWS, 0], full, q_s.index(buffer * CONSUMERS + c)
@@ -78,12 +79,12 @@ def producer(
                 if tile_bias is not None:
                     own = tile_bias + batch.to(gl.int64) * st_b + head.to(gl.int64) * st_h
                     note_down(edge_s, bias_s, stage, own, edges, entry)
-                mbarrier.expect(k_full.index(stage), BLOCK_K * D * 2)
+                mbarrier.expect(k_full.index(stage), BLOCK_K * BLOCK_D * 2)
                 tma.async_copy_global_to_shared(
                     k, [batch, kv_head, key0, 0], k_full.index(stage), k_s.index(stage)
                 )
                 mbarrier.wait(v_free.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), BLOCK_K * D * 2)
+                mbarrier.expect(v_full.index(stage), BLOCK_K * BLOCK_D * 2)
                 tma.async_copy_global_to_shared(
                     v, [batch, kv_head, key0, 0], v_full.index(stage), v_s.index(stage)
                 )
@@ -136,8 +137,8 @@ def soften(s, peak, total, scale, shift, MAYBE_EMPTY: gl.constexpr, BIASED: gl.c
 @gluon.jit
 def consumer(
     C: gl.constexpr, tensors, bias, buffers, signals,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, QS: gl.constexpr,
-    PARTIAL: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr,
 ):
     # fmt: on
     out, lse, part_out, part_lse, mask_ids, masks, heads, reps, q_len, scale = tensors
@@ -148,7 +149,7 @@ def consumer(
     BIASED: gl.constexpr = tile_bias is not None
     kind: gl.constexpr = q_s.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     tiles = 0
     turn = 0
@@ -160,8 +161,8 @@ def consumer(
     # An item without tiles, and the end, have products like all others, of whatever lies there: a product
     # that some branches leave out makes ptxas wait for each of them.
     mbarrier.wait(k_full.index(0), 0, pred=some)
-    first_q = q_s.index(C).reshape([ROWS, D])
-    first_k = k_s.index(0).reshape([BLOCK_K, D]).permute((1, 0))
+    first_q = q_s.index(C).reshape([ROWS, BLOCK_D])
+    first_k = k_s.index(0).reshape([BLOCK_K, BLOCK_D]).permute((1, 0))
     s = warpgroup_mma(first_q, first_k, zero, use_acc=False)
     shift = 0.0
     if BIASED:
@@ -174,10 +175,10 @@ def consumer(
         full_end = field(line, 4)
         end = field(line, 5)
         some = start < end
-        q = q_s.index(buffer * CONSUMERS + C).reshape([ROWS, D])
+        q = q_s.index(buffer * CONSUMERS + C).reshape([ROWS, BLOCK_D])
         if PARTIAL:
             s = masked(s, start, full_end, end, mask_ids, masks, C * ROWS, BLOCK_Q, BLOCK_K, S)
-        acc = gl.zeros([ROWS, D], gl.float32, O)
+        acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
         peak = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
         total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
         p, shrink, peak, total = soften(s, peak, total, scale, shift, PARTIAL, BIASED)
@@ -188,10 +189,10 @@ def consumer(
             tiles += 1
             stage = tiles % STAGES
             mbarrier.wait(k_full.index(stage), (tiles // STAGES) & 1)
-            k = k_s.index(stage).reshape([BLOCK_K, D]).permute((1, 0))
+            k = k_s.index(stage).reshape([BLOCK_K, BLOCK_D]).permute((1, 0))
             s_token = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(before), before_phase)
-            acc_token = warpgroup_mma(p, v_s.index(before).reshape([BLOCK_K, D]), acc, is_async=True)
+            acc_token = warpgroup_mma(p, v_s.index(before).reshape([BLOCK_K, BLOCK_D]), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s_token])
             if BIASED:
                 shift = noted(bias_s, stage)
@@ -207,7 +208,7 @@ def consumer(
             p = gl.convert_layout(new_p.to(kind), P)
         stage = tiles % STAGES
         mbarrier.wait(v_full.index(stage), (tiles // STAGES) & 1, pred=some)
-        acc_token = warpgroup_mma(p, v_s.index(stage).reshape([BLOCK_K, D]), acc, is_async=True)
+        acc_token = warpgroup_mma(p, v_s.index(stage).reshape([BLOCK_K, BLOCK_D]), acc, is_async=True)
         tiles += some.to(gl.int32)
         turn += 1
         next_buffer = turn % QS
@@ -217,8 +218,8 @@ def consumer(
         next_some = field(next_line, 3) < field(next_line, 5)
         next_stage = tiles % STAGES
         mbarrier.wait(k_full.index(next_stage), (tiles // STAGES) & 1, pred=next_some)
-        next_q = q_s.index(next_buffer * CONSUMERS + C).reshape([ROWS, D])
-        next_k = k_s.index(next_stage).reshape([BLOCK_K, D]).permute((1, 0))
+        next_q = q_s.index(next_buffer * CONSUMERS + C).reshape([ROWS, BLOCK_D])
+        next_k = k_s.index(next_stage).reshape([BLOCK_K, BLOCK_D]).permute((1, 0))
         s_token = warpgroup_mma(next_q, next_k, zero, use_acc=False, is_async=True)
         batch = field(line, 0)
         head = field(line, 1)
@@ -240,15 +241,13 @@ def consumer(
             if slot >= 0:
                 whole = False
                 at = (slot.to(gl.int64) * reps + field(line, 7)) * BLOCK_Q + C * ROWS
-                o_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, O))
-                dims = gl.arange(0, D, layout=gl.SliceLayout(0, O))
-                gl.store(part_out + at * D + o_rows[:, None] * D + dims[None, :], acc)
+                store_rows(part_out, at, acc, D, O)
                 gl.store(part_lse + at + rows, row_lse)
         if whole:
             at = (batch * heads + head).to(gl.int64) * q_len
             gl.store(lse + at + query, row_lse * LN2, mask=query < q_len)
             tma.store_wait(0)
-            o_s.index(C).reshape([ROWS, D]).store(acc.to(kind))
+            o_s.index(C).reshape([ROWS, BLOCK_D]).store(acc.to(kind))
             fence_async_shared()
             tma.async_copy_shared_to_global(out, [batch, head, block * BLOCK_Q + C * ROWS, 0], o_s.index(C))
         # Before the loop turns: a product in flight there would make ptxas wait for each of them.
@@ -264,21 +263,23 @@ def consumer(
 def forward_kernel(
     q, k, v, out, lse, part_out, part_lse, tile_bias, edges, counter, items, others, mask_ids, masks,
     st_b, st_h, item_count, first_count, reps, heads, layout_heads, group, q_len, q_blocks, works, scale,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, QS: gl.constexpr,
-    PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr,
+    HEADS_SHARED: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
     # fmt: on
     """Items are rows of the layout. q, k, v and out are TMA descriptors of ``[B, H, N, D]``; ``scale`` is in
-    base 2 and positive; ``works`` items are drawn from ``counter``, which starts at 0."""
+    base 2 and positive; ``works`` items are drawn from ``counter``, which starts at 0. Buffers are BLOCK_D
+    wide: bulk copies bring zeros past D, and store nothing there."""
     CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
     kind: gl.constexpr = q.dtype
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     buffers = (
-        gl.allocate_shared_memory(kind, [QS * CONSUMERS, 1, 1, ROWS, D], q.layout),
-        gl.allocate_shared_memory(kind, [STAGES, 1, 1, BLOCK_K, D], k.layout),
-        gl.allocate_shared_memory(kind, [STAGES, 1, 1, BLOCK_K, D], v.layout),
-        gl.allocate_shared_memory(kind, [CONSUMERS, 1, 1, ROWS, D], out.layout),
+        gl.allocate_shared_memory(kind, [QS * CONSUMERS, 1, 1, ROWS, BLOCK_D], q.layout),
+        gl.allocate_shared_memory(kind, [STAGES, 1, 1, BLOCK_K, BLOCK_D], k.layout),
+        gl.allocate_shared_memory(kind, [STAGES, 1, 1, BLOCK_K, BLOCK_D], v.layout),
+        gl.allocate_shared_memory(kind, [CONSUMERS, 1, 1, ROWS, BLOCK_D], out.layout),
         gl.allocate_shared_memory(gl.int32, [QS, 8], flat),
         gl.allocate_shared_memory(gl.int32, [STAGES, 1], flat),
         gl.allocate_shared_memory(gl.float32, [STAGES, 1], flat),
@@ -297,17 +298,17 @@ def forward_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consumer, (gl.constexpr(0), stores, bias, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
             (consumer, (gl.constexpr(1), stores, bias, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
             (producer, (loads, walk, bias, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
+                        BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
             (consumer, (gl.constexpr(0), stores, bias, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
             (producer, (loads, walk, bias, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
+                        BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [1], [PRODUCER_REGISTERS])
     # fmt: on

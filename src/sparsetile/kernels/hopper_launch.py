@@ -55,7 +55,7 @@ class Steps(NamedTuple):
     queries: int = 64
 
 
-# By block and head_dim; what fits. Two programs of blocks of 64 share a multiprocessor; of wide heads they
+# By block and width; what fits. Two programs of blocks of 64 share a multiprocessor; of wide heads they
 # have registers for 32 queries.
 FORWARD = {(128, 64): Depth(4, 2), (128, 128): Depth(2, 2), (64, 64): Depth(3, 2), (64, 128): Depth(2, 2)}
 BACKWARD_ROWS = {(128, 64): Depth(4, 2), (128, 128): Depth(2), (64, 64): Depth(3), (64, 128): Depth(2)}
@@ -68,12 +68,18 @@ LONG_ROW = 8  # tiles a row, on average, from which on five products are faster
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
 
 
+def width_of(dim: int) -> int:
+    """Of the buffers that hold heads of ``dim``."""
+    return 64 if dim <= 64 else 128
+
+
 def _described(x: Tensor, rows: int) -> TensorDescriptor:
-    """``[B, H, N, D]`` for bulk copies of ``rows`` rows of a head."""
+    """``[B, H, N, D]`` for bulk copies of ``rows`` rows of a head, as wide as the buffers: what lies outside
+    of x arrives as zeros, and is not stored."""
     swizzled = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     # A dimension of size 1 may have any stride, also one that the hardware refuses.
     strides = [x.stride(i) if x.shape[i] > 1 or i == 3 else 8 * x.shape[3] for i in range(4)]
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, x.shape[3]], swizzled)
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, width_of(x.shape[3])], swizzled)
 
 
 def _summed(x: Tensor) -> TensorDescriptor:
@@ -108,6 +114,7 @@ def _walked(plan: Schedule, owners: Owners, request: Request, q: Tensor, k: Tens
         "layout_heads": layout.heads,
         "group": q.shape[1] // k.shape[1],
         "D": q.shape[3],
+        "BLOCK_D": width_of(q.shape[3]),
         "BLOCK_Q": layout.block_q,
         "BLOCK_K": layout.block_k,
         "PARTIAL": layout.masks.shape[0] > 0,
@@ -136,7 +143,7 @@ def forward_launches(
     layout = request.layout
     owners = Owners.of(layout, q.shape[0], q.shape[1])
     plan = scheduled(layout, "rows", owners, target)
-    depth = FORWARD[layout.block_q, q.shape[3]]
+    depth = FORWARD[layout.block_q, width_of(q.shape[3])]
     part_out = parts_of(plan, owners, layout, q)
     part_lse = None if part_out is None else part_out.new_empty(len(part_out))
     arguments = {
@@ -162,13 +169,13 @@ def forward_launches(
     return launches
 
 
-def _five(request: Request, dim: int) -> bool:
+def _five(request: Request, width: int) -> bool:
     """Whether backward runs in five products a tile, dQ added up in fp32; else in seven, without that sum."""
-    # Short rows do not earn what the sum costs. With a tile bias the kernel spills at head_dim 64.
+    # Short rows do not earn what the sum costs. With a tile bias the kernel spills at width 64.
     layout = request.layout
     long = layout.capacity >= LONG_ROW * (layout.indptr.numel() - 1)
     fits = layout.block_q == 128 and layout.q_len <= MOST_QUERIES
-    return long and fits and not request.lean and (dim == 128 or request.tile_bias is None)
+    return long and fits and not request.lean and (width == 128 or request.tile_bias is None)
 
 
 def backward_launches(
@@ -189,8 +196,8 @@ def backward_launches(
 ) -> list[Launch]:
     """As ``triton_launch.backward_launches``: δ, then all tiles (in one kernel, or rows and columns), then
     the sums."""
-    layout, heads, dim = request.layout, q.shape[1], q.shape[3]
-    block, five = layout.block_q, _five(request, dim)
+    layout, heads, width = request.layout, q.shape[1], width_of(q.shape[3])
+    block, five = layout.block_q, _five(request, width)
     out_heads = heads // heads_a_program(k, q, layout, target)
     names, column_dk, column_dv = {}, dk, dv
     members_dk = members_dv = None
@@ -217,7 +224,7 @@ def backward_launches(
     owners = Owners.of(layout, q.shape[0], out_heads)
     plan = scheduled(layout, "columns", owners, target)
     part_dk, part_dv = (parts_of(plan, owners, layout, q) for _ in range(2))
-    stages, step = BACKWARD_FIVE[dim] if five else BACKWARD_COLUMNS[block, dim]
+    stages, step = BACKWARD_FIVE[width] if five else BACKWARD_COLUMNS[block, width]
     arguments = {
         "q": _described(q, step),
         "grad_out": _described(grad_out, step),
@@ -263,7 +270,7 @@ def backward_launches(
     owners = Owners.of(layout, q.shape[0], heads)
     plan = scheduled(layout, "rows", owners, target)
     part_dq = parts_of(plan, owners, layout, q)
-    depth = BACKWARD_ROWS[block, dim]
+    depth = BACKWARD_ROWS[block, width]
     arguments = {
         "q": _described(q, ROWS),
         "grad_out": _described(grad_out, ROWS),

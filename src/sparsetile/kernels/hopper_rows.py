@@ -24,6 +24,7 @@ from sparsetile.kernels.hopper_tiles import (
     item_at,
     note_down,
     noted,
+    store_rows,
     tell,
     tell_end,
     told,
@@ -35,8 +36,8 @@ from sparsetile.kernels.triton_tiles import COUNTS
 @gluon.jit
 def producer(
     tensors, walk, bias, buffers, signals,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, QS: gl.constexpr,
-    BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    QS: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
 ):
     # fmt: on
     q, grad_out, k, v = tensors
@@ -62,7 +63,7 @@ def producer(
             mbarrier.wait(q_free.index(buffer), ((turn // QS) & 1) ^ 1)
             tell(info_s.index(buffer), batch, head, block, start, full_end, end, slot, rep)
             full = q_full.index(buffer)
-            mbarrier.expect(full, BLOCK_Q * D * 4)
+            mbarrier.expect(full, BLOCK_Q * BLOCK_D * 4)
             for c in gl.static_range(CONSUMERS):
                 at = [batch, head, block * BLOCK_Q + c * ROWS, 0]
                 tma.async_copy_global_to_shared(q, at, full, q_s.index(buffer * CONSUMERS + c))
@@ -73,13 +74,13 @@ def producer(
                 stage = tiles % STAGES
                 phase = ((tiles // STAGES) & 1) ^ 1
                 mbarrier.wait(v_free.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), BLOCK_K * D * 2)
+                mbarrier.expect(v_full.index(stage), BLOCK_K * BLOCK_D * 2)
                 tma.async_copy_global_to_shared(v, at, v_full.index(stage), v_s.index(stage))
                 mbarrier.wait(k_free.index(stage), phase)
                 if tile_bias is not None:
                     own = tile_bias + batch.to(gl.int64) * st_b + head.to(gl.int64) * st_h
                     note_down(edge_s, bias_s, stage, own, edges, entry)
-                mbarrier.expect(k_full.index(stage), BLOCK_K * D * 2)
+                mbarrier.expect(k_full.index(stage), BLOCK_K * BLOCK_D * 2)
                 tma.async_copy_global_to_shared(k, at, k_full.index(stage), k_s.index(stage))
                 tiles += 1
             turn += 1
@@ -106,8 +107,8 @@ def keep_sums(into, first, step, row_sums):
 @gluon.jit
 def consumer(
     C: gl.constexpr, tensors, bias, bias_grad, buffers, signals,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, QS: gl.constexpr,
-    PARTIAL: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr,
 ):
     # fmt: on
     dq, lse2, delta, part_dq, mask_ids, masks, heads, reps, q_len, pitch, scale, scale2 = tensors
@@ -118,7 +119,7 @@ def consumer(
     CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
     kind: gl.constexpr = q_s.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
     zero = gl.zeros([ROWS, BLOCK_K], gl.float32, S)
@@ -141,19 +142,19 @@ def consumer(
         at = (batch * heads + head).to(gl.int64) * pitch
         lse_row = gl.load(lse2 + at + query, mask=query < q_len, other=0.0)
         delta_row = gl.load(delta + at + query, mask=query < q_len, other=0.0)
-        acc = gl.zeros([ROWS, D], gl.float32, O)
+        acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
         for entry in range(start, end):
             stage = tiles % STAGES
             phase = (tiles // STAGES) & 1
             # No compiler knows this in advance: descriptors of q and g are not hoisted, and spilled.
             mine = buffer * CONSUMERS + C + (entry >> 30)
-            q = q_s.index(mine).reshape([ROWS, D])
-            g = g_s.index(mine).reshape([ROWS, D])
+            q = q_s.index(mine).reshape([ROWS, BLOCK_D])
+            g = g_s.index(mine).reshape([ROWS, BLOCK_D])
             mbarrier.wait(k_full.index(stage), phase)
-            k = k_s.index(stage).reshape([BLOCK_K, D])
+            k = k_s.index(stage).reshape([BLOCK_K, BLOCK_D])
             s_token = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
             mbarrier.wait(v_full.index(stage), phase)
-            v = v_s.index(stage).reshape([BLOCK_K, D])
+            v = v_s.index(stage).reshape([BLOCK_K, BLOCK_D])
             d_token = warpgroup_mma(g, v.permute((1, 0)), zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s_token])
             if PARTIAL:
@@ -181,12 +182,10 @@ def consumer(
             if slot >= 0:
                 whole = False
                 part = (slot.to(gl.int64) * reps + rep) * BLOCK_Q + C * ROWS
-                o_rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, O))
-                dims = gl.arange(0, D, layout=gl.SliceLayout(0, O))
-                gl.store(part_dq + part * D + o_rows[:, None] * D + dims[None, :], acc)
+                store_rows(part_dq, part, acc, D, O)
         if whole:
             tma.store_wait(0)
-            o_s.index(C).reshape([ROWS, D]).store(acc.to(kind))
+            o_s.index(C).reshape([ROWS, BLOCK_D]).store(acc.to(kind))
             fence_async_shared()
             tma.async_copy_shared_to_global(dq, [batch, head, block * BLOCK_Q + C * ROWS, 0], o_s.index(C))
         turn += 1
@@ -202,8 +201,9 @@ def rows_kernel(
     q, grad_out, k, v, dq_out, lse2, delta, part_dq, tile_bias, edges, tile_grad, counter, items, others,
     mask_ids, masks, st_b, st_h, stg_b, stg_h, tile_grad_step, item_count, first_count, reps, heads,
     layout_heads, group, q_len, q_blocks, pitch, works, scale, scale2,
-    D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, QS: gl.constexpr,
-    PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr,
+    HEADS_SHARED: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
     # fmt: on
@@ -213,11 +213,11 @@ def rows_kernel(
     kind: gl.constexpr = q.dtype
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     buffers = (
-        gl.allocate_shared_memory(kind, [QS * CONSUMERS, 1, 1, ROWS, D], q.layout),
-        gl.allocate_shared_memory(kind, [QS * CONSUMERS, 1, 1, ROWS, D], grad_out.layout),
-        gl.allocate_shared_memory(kind, [STAGES, 1, 1, BLOCK_K, D], k.layout),
-        gl.allocate_shared_memory(kind, [STAGES, 1, 1, BLOCK_K, D], v.layout),
-        gl.allocate_shared_memory(kind, [CONSUMERS, 1, 1, ROWS, D], dq_out.layout),
+        gl.allocate_shared_memory(kind, [QS * CONSUMERS, 1, 1, ROWS, BLOCK_D], q.layout),
+        gl.allocate_shared_memory(kind, [QS * CONSUMERS, 1, 1, ROWS, BLOCK_D], grad_out.layout),
+        gl.allocate_shared_memory(kind, [STAGES, 1, 1, BLOCK_K, BLOCK_D], k.layout),
+        gl.allocate_shared_memory(kind, [STAGES, 1, 1, BLOCK_K, BLOCK_D], v.layout),
+        gl.allocate_shared_memory(kind, [CONSUMERS, 1, 1, ROWS, BLOCK_D], dq_out.layout),
         gl.allocate_shared_memory(gl.int32, [QS, 8], flat),
         gl.allocate_shared_memory(gl.int32, [STAGES, 1], flat),
         gl.allocate_shared_memory(gl.float32, [STAGES, 1], flat),
@@ -237,17 +237,17 @@ def rows_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consumer, (gl.constexpr(0), stores, bias, bias_grad, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
             (consumer, (gl.constexpr(1), stores, bias, bias_grad, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
             (producer, (loads, walk, bias, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
+                        BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
             (consumer, (gl.constexpr(0), stores, bias, bias_grad, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
             (producer, (loads, walk, bias, buffers, signals,
-                        D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
+                        BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [1], [PRODUCER_REGISTERS])
     # fmt: on

@@ -105,6 +105,18 @@ def allowed(masks, ident, queries, keys, BLOCK_Q: gl.constexpr, BLOCK_K: gl.cons
 
 
 @gluon.jit
+def store_rows(to, at, x, D: gl.constexpr, O: gl.constexpr):
+    """Stores fp32 ``x`` from row ``at`` of lines of D entries, of which x may have more."""
+    rows = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, O))[:, None]
+    dims = gl.arange(0, x.shape[1], layout=gl.SliceLayout(0, O))[None, :]
+    places = to + at * D + rows * D + dims
+    if x.shape[1] > D:
+        gl.store(places, x, mask=(rows >= 0) & (dims < D))
+    else:
+        gl.store(places, x)
+
+
+@gluon.jit
 def barriers(COUNT: gl.constexpr, CONSUMERS: gl.constexpr):
     """(full, free) of COUNT buffers: the producer's copies fill them, CONSUMERS warpgroups free them."""
     layout: gl.constexpr = mbarrier.MBarrierLayout()
