@@ -452,6 +452,8 @@ def one_section(name: str, device: torch.device) -> None:
     try:
         if device.type == "cpu" and name not in SMALL:
             raise RuntimeError("needs a GPU")
+        if device.type == "cuda":
+            torch.cuda.init()  # statistics of memory are refused before
         for row in SECTIONS[name](device, **(SMALL[name] if device.type == "cpu" else {})):
             print(json.dumps(row), flush=True)
     except Exception as problem:
