@@ -141,7 +141,7 @@ def call_of(problem: Problem, cell: Cell, device: torch.device, seed: int, *, fi
     if bias is not None:
         from sparsetile.kernels.triton_launch import tile_grad_parts
 
-        tile_grad = torch.zeros(tile_grad_parts(layout), batch, heads, layout.capacity, device=device)
-        bias_grad = torch.zeros(batch, heads, length, length, device=device)
+        tile_grad = torch.empty(tile_grad_parts(layout), batch, heads, layout.capacity, device=device)
+        bias_grad = torch.empty(batch, heads, length, length, device=device)
     grads = tuple(torch.empty_like(x) for x in (q, k, v))
     return Call((q, k, v, draw(*case.shape), out, lse), request, (*grads, tile_grad, bias_grad))
