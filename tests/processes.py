@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing as mp
 import os
 import pickle
@@ -19,18 +20,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_PATIENCE, _STUCK = 60, 45
+"""Seconds: gloo's deadline of a collective, and when a rank that still runs writes where it is."""
+
 
 def _one(
     function: Callable[..., Any], rank: int, world: int, store: str, queue: Any, args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    stacks = open(f"{store}.{rank}", "w")  # noqa: SIM115  faulthandler writes to it from another thread
+    faulthandler.dump_traceback_later(_STUCK, file=stacks)
     try:
         dist.init_process_group(
             "gloo",
             store=dist.FileStore(store, world),
             rank=rank,
             world_size=world,
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=_PATIENCE),
         )
         # If a rank left at once, those that still connect to it would fail.
         dist.barrier()
@@ -68,7 +74,7 @@ def run_ranks(
         try:
             while len(found) < world - len(killed):
                 rank, value, problem = pickle.loads(queue.get(timeout=max(0.1, end - time.monotonic())))
-                assert problem is None, f"rank {rank} of {world}:\n{problem}"
+                assert problem is None, f"rank {rank} of {world}:\n{problem}{_places(store, world)}"
                 found[rank] = value
         finally:
             for process in each:
@@ -76,6 +82,12 @@ def run_ranks(
                 if process.is_alive():
                     process.kill()
     return [found.get(rank) for rank in range(world)]
+
+
+def _places(store: str, world: int) -> str:
+    """Where ranks were that ran for long: the one that complains seldom is the one that is stuck."""
+    written = {rank: Path(f"{store}.{rank}").read_text() for rank in range(world)}
+    return "".join(f"\nrank {rank} after {_STUCK} s:\n{text}" for rank, text in written.items() if text)
 
 
 def torchrun(processes: int, script: Sequence[str]) -> subprocess.CompletedProcess[str]:
