@@ -21,7 +21,7 @@ import torch
 TARGETS = {
     "sm_80": ("cuda", 80, 32, "ampere"),
     "sm_90": ("cuda", 90, 32, "hopper"),
-    "sm_100": ("cuda", 100, 32, "hopper"),
+    "sm_100": ("cuda", 100, 32, "blackwell"),
     "gfx942": ("hip", "gfx942", 64, "amd"),
 }
 _NAMES = {

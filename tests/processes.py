@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -14,23 +16,29 @@ import traceback
 from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+_PATIENCE, _STUCK = 120, 50
+"""Seconds: gloo's deadline of a collective, and when a rank that still runs writes where it is."""
 
 
 def _one(
     function: Callable[..., Any], rank: int, world: int, store: str, queue: Any, args: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
+    stacks = open(f"{store}.{rank}", "w")  # noqa: SIM115  faulthandler writes to it from another thread
+    faulthandler.dump_traceback_later(_STUCK, file=stacks)
     try:
         dist.init_process_group(
             "gloo",
             store=dist.FileStore(store, world),
             rank=rank,
             world_size=world,
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=_PATIENCE),
         )
         # If a rank left at once, those that still connect to it would fail.
         dist.barrier()
@@ -45,7 +53,7 @@ def run_ranks(
     function: Callable[..., Any],
     world: int,
     *args: Any,
-    seconds: float = 120.0,
+    seconds: float = 240.0,
     killed: Collection[int] = (),
 ) -> list[Any]:
     """What ``function(rank, world, *args)`` returns on each rank, in the order of ranks; values must pickle.
@@ -61,14 +69,22 @@ def run_ranks(
             context.Process(target=_one, args=(function, rank, world, store, queue, args), daemon=True)
             for rank in range(world)
         ]
+        # A fork has its parent's objects and one of its threads. An object that its collector meets and that
+        # owns another thread, as an old process group does, would wait for that for ever, or abort.
+        gc.freeze()
         for process in each:
             process.start()
+        gc.unfreeze()
         found: dict[int, Any] = {}
         end = time.monotonic() + seconds
         try:
             while len(found) < world - len(killed):
-                rank, value, problem = pickle.loads(queue.get(timeout=max(0.1, end - time.monotonic())))
-                assert problem is None, f"rank {rank} of {world}:\n{problem}"
+                try:
+                    told = queue.get(timeout=max(0.1, end - time.monotonic()))
+                except Empty:
+                    raise AssertionError(f"{len(found)} of {world} told{_places(store, world)}") from None
+                rank, value, problem = pickle.loads(told)
+                assert problem is None, f"rank {rank} of {world}:\n{problem}{_places(store, world)}"
                 found[rank] = value
         finally:
             for process in each:
@@ -76,6 +92,13 @@ def run_ranks(
                 if process.is_alive():
                     process.kill()
     return [found.get(rank) for rank in range(world)]
+
+
+def _places(store: str, world: int) -> str:
+    """Where ranks were that ran for long: the one that complains seldom is the one that is stuck."""
+    files = [Path(f"{store}.{rank}") for rank in range(world)]
+    written = [each.read_text() if each.exists() else "" for each in files]
+    return "".join(f"\nrank {rank} after {_STUCK} s:\n{text}" for rank, text in enumerate(written) if text)
 
 
 def torchrun(processes: int, script: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -46,7 +46,8 @@ _COMMANDS = {
         "  sparsetile bench --lengths 8K,32K --patterns local,random --densities 0.02,0.1 --out results\n"
         "  sparsetile bench --patterns 'Local(1024) | Global(64)' --lengths 16K --backends cpu,dense\n"
         "  sparsetile bench --table baselines --device cuda --out benchmarks/results\n"
-        "  sparsetile bench --replot benchmarks/results/bench.json\n",
+        "  sparsetile bench --replot benchmarks/results/bench.json\n"
+        "  sparsetile bench --tune --head-dim 64,128 --minutes 3 --out tuned\n",
     ),
     "plan": (
         "what a pattern costs on many ranks: bytes, balance, stages; nothing is sent",

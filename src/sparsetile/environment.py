@@ -50,9 +50,10 @@ def commit() -> tuple[str | None, bool | None]:
 
 
 def source_digest() -> str:
-    """SHA-256 over the names and contents of the package's ``.py`` files: names the code without git."""
+    """SHA-256 over the names and contents of the package's ``.py`` and ``.json`` files: names the code, and
+    the table that its kernels go by, without git."""
     digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
+    for path in sorted((*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.json"))):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()

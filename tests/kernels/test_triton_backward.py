@@ -13,7 +13,8 @@ import triton.language as tl
 from oracle import check, random_case, relative_error, run
 from sparsetile.kernels import triton_backend
 from sparsetile.kernels.triton_backward import turn_of
-from sparsetile.kernels.triton_config import Pair, Target, Tiles, override
+from sparsetile.kernels.triton_config import Target, override
+from sparsetile.kernels.triton_table import Pair, Tiles
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.schedule import Direction, schedule
 

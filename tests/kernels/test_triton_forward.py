@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import subprocess
@@ -15,15 +16,8 @@ from oracle import FLOOR, Case, check, random_case, relative_error, run
 from sparsetile.kernels import triton_backend
 from sparsetile.kernels.dropout import keep_mask
 from sparsetile.kernels.request import Request
-from sparsetile.kernels.triton_config import (
-    BACKWARD,
-    Pair,
-    Target,
-    Tiles,
-    backward_tiles,
-    forward_tiles,
-    override,
-)
+from sparsetile.kernels.triton_config import Target, backward_tiles, forward_tiles, override
+from sparsetile.kernels.triton_table import DIMS, FAMILIES, SIZES, WORK, Pair, Tiles
 from sparsetile.layout.blocks import BlockLayout
 
 pytestmark = pytest.mark.skipif(
@@ -193,17 +187,18 @@ def test_tiles_never_exceed_the_layout() -> None:
     tiles = forward_tiles(hopper, 2, 128, 16, 32, "whole")
     assert (tiles.queries, tiles.keys) == (16, 32) and tiles.warps <= 4
     assert forward_tiles(hopper, 2, 80, 128, 128, "whole") == forward_tiles(hopper, 2, 128, 128, 128, "whole")
-    pair = backward_tiles(hopper, 2, 128, 16, 32, "whole", short=False)
+    pair = backward_tiles(hopper, 2, 128, 16, 32, "whole")
     assert (pair.rows, pair.columns) == ((16, 32), (16, 32)) and pair.warps <= 4
 
 
-@pytest.mark.parametrize("short", [False, True])
-def test_no_choice_has_one_warp(short: bool) -> None:
+def test_no_choice_has_one_warp() -> None:
     """Triton 3.6 miscompiles the column programs at one warp."""
-    for family, element_bytes, dim in BACKWARD:
+    for family, element_bytes, dim in itertools.product(FAMILIES, SIZES, DIMS):
         target, sizes = Target(family, 1), (element_bytes, min(dim, 16), 16, 16)
-        assert backward_tiles(target, *sizes, "featured", short=short).warps >= 2
-        assert forward_tiles(target, *sizes, "featured").warps >= 2
+        for work in WORK["backward"]:
+            assert backward_tiles(target, *sizes, work).warps >= 2
+        for work in WORK["forward"]:
+            assert forward_tiles(target, *sizes, work).warps >= 2
 
 
 def test_why_not() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sparsetile.bench import cases, report
+from sparsetile.bench import cases, report, tune
 from sparsetile.bench.rivals import all_rivals, chosen_rivals
 from sparsetile.bench.run import Plan, Row, measure
+from sparsetile.bench.tune_candidates import BLOCKS, HEAD_DIMS, cells
 from sparsetile.cli import positive, token_count
-from sparsetile.errors import ArgumentError, DataError, explain
+from sparsetile.errors import ArgumentError, BackendError, DataError, explain
+from sparsetile.kernels import triton_backend
+from sparsetile.kernels.triton_config import target_of
+from sparsetile.kernels.triton_table import TABLE_FILE
 from sparsetile.layout.blocks import BLOCK_SIZES
 from sparsetile.patterns import parse_pattern
 
@@ -57,6 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--block", type=int, choices=BLOCK_SIZES, help="tile edge (default 128)")
     what.add_argument("--dtype", choices=_DTYPES, help="default: float32 on CPU, bfloat16 on CUDA")
     how = parser.add_argument_group("how")
+    what.add_argument(
+        "--tune",
+        action="store_true",
+        help="tiles of the Triton kernels on this GPU instead; writes a table of them, tuned.json (takes "
+        "--head-dim, --dtype, --block, --minutes, --device, --seed, --out)",
+    )
+    how.add_argument(
+        "--minutes", type=_minutes, metavar="M", help="with --tune: stop after about M minutes (default 10)"
+    )
     how.add_argument("--backends", type=_list(str), metavar="R,…", help=f"among {', '.join(all_rivals())}")
     how.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     how.add_argument("--seed", type=int, help="of inputs and random tiles (default: fresh, recorded)")
@@ -69,7 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure and write ``bench.json``, ``bench.md`` and plots. 1 if nothing could be measured."""
+    """Measure and write ``bench.json``, ``bench.md`` and plots, or tune. 1 if nothing could be measured."""
+    if options.tune:
+        return _tune(options)
+    if options.minutes:
+        raise ArgumentError(explain("--minutes", expected="--tune", got="none", fix="Drop --minutes."))
     if options.replot is not None:
         _write_reports(_read(options.replot), options.replot.parent)
         return 0
@@ -147,6 +165,65 @@ def plan_of(options: argparse.Namespace) -> Plan:
     )
 
 
+def tune_plan_of(options: argparse.Namespace) -> tune.Plan:
+    """What ``--tune`` is to measure. Raises ArgumentError for options that do not apply or act, BackendError
+    for a GPU that the Triton kernels do not serve."""
+    for name in ("quick", "table", "peers", "lengths", "patterns", "densities", "heads", "batch", "backends"):
+        if getattr(options, name):
+            flag = f"--{name}"
+            expected = "no option that changes what is timed but --head-dim, --dtype, --block"
+            raise ArgumentError(explain("--tune", expected=expected, got=flag, fix=f"Drop {flag}."))
+    if options.replot is not None:
+        raise ArgumentError(
+            explain("--tune", expected="something to time", got="--replot", fix="Drop one of them.")
+        )
+    head_dims, blocks = options.head_dim or HEAD_DIMS, [options.block] if options.block else BLOCKS
+    for flag, given, known in (("--head-dim", head_dims, HEAD_DIMS), ("--block", blocks, BLOCKS)):
+        for value in given:
+            if value not in known:
+                fix = "The table has no other; those are served by these."
+                raise ArgumentError(explain(f"--tune {flag}", expected=f"among {known}", got=value, fix=fix))
+    device = _device(options.device)
+    if device.type != "cuda":
+        got = "--device cpu" if options.device else "none that torch can use"
+        fix = "Run it on a machine with the GPU that the table is for; `sparsetile doctor` shows the devices."
+        raise ArgumentError(explain("--tune", expected="a GPU", got=got, fix=fix))
+    problem = triton_backend.device_problem(device, "kernels")
+    if problem is not None:
+        raise BackendError(
+            explain("--tune", expected="a GPU for the Triton kernels", got=problem, fix="Use another.")
+        )
+    family = target_of(device).family
+    return tune.Plan(
+        cells=cells(family, options.dtype or "bfloat16", list(dict.fromkeys(head_dims)), blocks),
+        device=device,
+        minutes=options.minutes or 10.0,
+        seed=int(torch.seed() % 2**31) if options.seed is None else options.seed,
+    )
+
+
+def _tune(options: argparse.Namespace) -> int:
+    """Tune and write ``tuned.json`` and ``tune.json``. 1 if nothing could be measured."""
+    plan = tune_plan_of(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("compiling", total=len(plan.cells))
+
+        def done(outcome: tune.Outcome) -> None:
+            progress.console.print(escape(tune.line_of(outcome)), soft_wrap=True)
+            progress.update(task, advance=1, description="tuning")
+
+        outcomes = tune.tune(plan, options.out, done)
+    measured = sum(outcome.choice is not None for outcome in outcomes)
+    changed = sum(outcome.choice not in (None, outcome.present) for outcome in outcomes)
+    print(f"measured {measured} of {len(plan.cells)} places, {changed} with another choice than the table's")
+    if outcomes:
+        print(f"wrote {options.out / 'tuned.json'}; to use it, copy it to {TABLE_FILE}")
+    return 0 if measured else 1
+
+
 def _write_reports(result: dict[str, Any], folder: Path) -> None:
     table = report.markdown(result)
     (folder / "bench.md").write_text(table, encoding="utf-8")
@@ -221,6 +298,16 @@ def _list(item: Callable[[str], Any]) -> Callable[[str], list[Any]]:
         return [item(part.strip()) for part in parts]
 
     return parse
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of minutes above 0, got {text!r}")
+    return minutes
 
 
 def _density(text: str) -> float:

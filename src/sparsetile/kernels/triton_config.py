@@ -1,4 +1,5 @@
-"""Tile sizes, warps and stages of the Triton kernels: one table, and a way to override it while tuning."""
+"""Tile sizes, warps and stages of a Triton launch: the table's choice cut to the layout, and a way to
+override it while tuning."""
 
 from __future__ import annotations
 
@@ -6,14 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import cast
 
 import torch
 
-Family = Literal["hopper", "ampere", "amd"]
-Work = Literal["whole", "partial", "featured"]
-
-_WORK = ("whole", "partial", "featured")
+from sparsetile.kernels.triton_table import Family, Kernel, Pair, Place, Tiles, Work, entry_for, table
 
 ITEMS_PER_PROCESSOR = 8
 """How many items of the longest kind make one multiprocessor's share of the work."""
@@ -23,115 +21,11 @@ ITEM_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """Queries × keys of one step of the inner loop and the launch options; never above the layout's tile."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Backward: (queries, keys) of a step of the row programs and of the column programs, in one launch."""
-
-    rows: tuple[int, int]
-    columns: tuple[int, int]
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
 class Target:
-    """What the choice depends on. ``hopper`` stands for ≥ 200 KB of shared memory, ``ampere`` for ≥ 99 KB."""
+    """What the choice depends on; ``triton_table.SHARED_BYTES`` says what a family stands for."""
 
     family: Family
     processors: int
-
-
-# Keyed by family, bytes of an element and head_dim padded to 64, 128 or 256. Up to three choices: for layouts
-# of whole tiles, for layouts with partial tiles, and for a dense bias, padding or dropout; the last given
-# serves the rest. A tile bias, one scalar a step, changes no choice. "hopper" does not spill up to head_dim
-# 128 where none of these is used; for 16-bit elements its forward is the fastest such choice by
-# benchmarks/tune_triton.py on an H200. All fit their shared memory.
-FORWARD: dict[tuple[Family, int, int], tuple[Tiles, ...]] = {
-    ("hopper", 2, 64): (
-        Tiles(128, 64, 4, 3),
-        Tiles(128, 64, 4, 3),
-        Tiles(64, 64, 4, 3),
-    ),
-    ("hopper", 2, 128): (
-        Tiles(64, 64, 4, 3),
-        Tiles(64, 64, 4, 3),
-        Tiles(64, 64, 8, 2),
-    ),
-    ("hopper", 2, 256): (
-        Tiles(128, 64, 8, 2),
-        Tiles(128, 32, 8, 2),
-        Tiles(64, 32, 8, 2),
-    ),
-    ("hopper", 4, 64): (Tiles(64, 32, 4, 2),),
-    ("hopper", 4, 128): (Tiles(16, 32, 4, 2),),
-    ("hopper", 4, 256): (Tiles(16, 32, 8, 1),),
-    ("ampere", 2, 64): (Tiles(64, 64, 4, 3),),
-    ("ampere", 2, 128): (Tiles(64, 32, 4, 3),),
-    ("ampere", 2, 256): (Tiles(64, 32, 8, 1),),
-    ("ampere", 4, 64): (Tiles(32, 32, 4, 2),),
-    ("ampere", 4, 128): (Tiles(32, 32, 4, 1),),
-    ("ampere", 4, 256): (Tiles(16, 32, 8, 1),),
-    ("amd", 2, 64): (
-        Tiles(64, 64, 4, 1),
-        Tiles(64, 64, 4, 1),
-        Tiles(64, 32, 4, 1),
-    ),
-    ("amd", 2, 128): (Tiles(64, 32, 4, 1),),
-    ("amd", 2, 256): (Tiles(32, 32, 4, 1),),
-    ("amd", 4, 64): (Tiles(32, 32, 4, 1),),
-    ("amd", 4, 128): (Tiles(32, 32, 4, 1),),
-    ("amd", 4, 256): (Tiles(16, 16, 4, 1),),
-}
-
-BACKWARD: dict[tuple[Family, int, int], tuple[Pair, ...]] = {
-    ("hopper", 2, 64): (
-        Pair((64, 64), (64, 64), 4, 3),
-        Pair((64, 64), (64, 64), 4, 3),
-        Pair((64, 32), (32, 64), 4, 2),
-    ),
-    ("hopper", 2, 128): (
-        Pair((128, 64), (64, 128), 8, 3),
-        Pair((128, 64), (32, 128), 8, 3),
-        Pair((64, 32), (64, 32), 8, 2),
-    ),
-    ("hopper", 2, 256): (Pair((64, 32), (64, 32), 8, 1),),
-    ("hopper", 4, 64): (Pair((64, 32), (16, 32), 4, 2),),
-    ("hopper", 4, 128): (Pair((16, 32), (32, 16), 8, 2),),
-    ("hopper", 4, 256): (Pair((16, 16), (16, 16), 8, 1),),
-    ("ampere", 2, 64): (
-        Pair((64, 64), (32, 64), 4, 2),
-        Pair((64, 64), (32, 64), 4, 2),
-        Pair((64, 32), (32, 64), 4, 2),
-    ),
-    ("ampere", 2, 128): (Pair((64, 32), (32, 64), 8, 2),),
-    ("ampere", 2, 256): (Pair((32, 32), (32, 32), 8, 1),),
-    ("ampere", 4, 64): (Pair((32, 32), (32, 32), 4, 1),),
-    ("ampere", 4, 128): (Pair((16, 32), (32, 16), 8, 1),),
-    ("ampere", 4, 256): (Pair((16, 16), (16, 16), 8, 1),),
-    ("amd", 2, 64): (Pair((64, 32), (32, 64), 4, 1),),
-    ("amd", 2, 128): (Pair((32, 32), (32, 32), 4, 1),),
-    ("amd", 2, 256): (Pair((32, 32), (32, 32), 4, 1),),
-    ("amd", 4, 64): (Pair((32, 32), (32, 32), 4, 1),),
-    ("amd", 4, 128): (Pair((32, 16), (16, 32), 4, 1),),
-    ("amd", 4, 256): (Pair((16, 16), (16, 16), 4, 1),),
-}
-
-# For hardly more than a tile a row, without those features: there, more programs on a multiprocessor hide
-# what each loads once, before its loop.
-BACKWARD_SHORT: dict[tuple[Family, int, int], tuple[Pair, ...]] = {
-    ("hopper", 2, 128): (Pair((64, 64), (32, 64), 4, 2), Pair((64, 32), (32, 64), 4, 2)),
-}
-
-Choice = TypeVar("Choice", Tiles, Pair)
 
 
 @dataclass(frozen=True)
@@ -164,10 +58,6 @@ def padded_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def _chosen(choices: tuple[Choice, ...], work: Work) -> Choice:
-    return choices[min(_WORK.index(work), len(choices) - 1)]
-
-
 def _cut(
     shape: tuple[int, int], block_q: int, block_k: int, dim: int, *, by_rows: bool
 ) -> tuple[tuple[int, int], int]:
@@ -179,26 +69,33 @@ def _cut(
     return cut, 32 if cut == shape else max(2, owned * max(other, dim) // 1024)
 
 
+def _chosen(
+    kernel: Kernel, target: Target, element_bytes: int, dim: int, block_q: int, block_k: int, work: Work
+) -> Tiles | Pair:
+    block = block_q if block_q == block_k else None
+    return entry_for(table(), Place(kernel, target.family, element_bytes, max(64, dim), block, work)).choice
+
+
 def forward_tiles(
     target: Target, element_bytes: int, head_dim: int, block_q: int, block_k: int, work: Work
 ) -> Tiles:
     """The table's choice, or the override, cut to the layout's tile; fewer warps where little is left."""
     dim = padded_dim(head_dim)
-    chosen = _override.forward or _chosen(FORWARD[target.family, element_bytes, max(64, dim)], work)
+    chosen = _override.forward or cast(
+        Tiles, _chosen("forward", target, element_bytes, dim, block_q, block_k, work)
+    )
     shape, busy = _cut((chosen.queries, chosen.keys), block_q, block_k, dim, by_rows=True)
     return Tiles(*shape, min(chosen.warps, busy), chosen.stages)
 
 
 def backward_tiles(
-    target: Target, element_bytes: int, head_dim: int, block_q: int, block_k: int, work: Work, *, short: bool
+    target: Target, element_bytes: int, head_dim: int, block_q: int, block_k: int, work: Work
 ) -> Pair:
-    """As ``forward_tiles``; the part that keeps more warps busy decides for both. ``short``: short rows."""
+    """As ``forward_tiles``; the part that keeps more warps busy decides for both."""
     dim = padded_dim(head_dim)
-    key = target.family, element_bytes, max(64, dim)
-    chosen = _chosen(BACKWARD[key], work)
-    if short and work != "featured" and key in BACKWARD_SHORT:
-        chosen = _chosen(BACKWARD_SHORT[key], work)
-    chosen = _override.backward or chosen
+    chosen = _override.backward or cast(
+        Pair, _chosen("backward", target, element_bytes, dim, block_q, block_k, work)
+    )
     rows, busy_rows = _cut(chosen.rows, block_q, block_k, dim, by_rows=True)
     columns, busy_columns = _cut(chosen.columns, block_q, block_k, dim, by_rows=False)
     return Pair(rows, columns, min(chosen.warps, max(busy_rows, busy_columns)), chosen.stages)
@@ -222,5 +119,6 @@ def target_of(device: torch.device) -> Target:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return Target("amd", properties.multi_processor_count)
-    family: Family = "hopper" if properties.major in (9, 10) else "ampere"
+    # By shared memory: 12.x, Blackwell too by name, has no more of it than 8.6.
+    family: Family = {9: "hopper", 10: "blackwell"}.get(properties.major, "ampere")  # type: ignore[assignment]
     return Target(family, properties.multi_processor_count)

@@ -15,15 +15,13 @@ from sparsetile.kernels.request import Request
 from sparsetile.kernels.triton_config import (
     ITEM_TOKENS,
     ITEMS_PER_PROCESSOR,
-    Pair,
     Target,
-    Tiles,
-    Work,
     backward_tiles,
     chunk_override,
     forward_tiles,
     padded_dim,
 )
+from sparsetile.kernels.triton_table import Pair, Tiles, Work
 from sparsetile.kernels.triton_tiles import GRAD_ROWS
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.schedule import Direction, Schedule, chunk_for, schedule
@@ -33,6 +31,7 @@ _SMALLEST = 2.0**-126  # a scale of 0, such that −inf times it stays −inf
 _SHORT_BLOCK = 32  # tokens a program of the kernels that only combine parts
 _SUM_ENTRIES = 2048  # of dk and dv that a program sums over a group's heads
 _SHORT_ROW = 2  # tiles a row, on average, up to which a row counts as short
+_SHORT: dict[Work, Work] = {"whole": "short whole", "partial": "short partial"}
 
 
 @dataclass(frozen=True)
@@ -176,6 +175,7 @@ def _walked(plan: Schedule, request: Request, side: str = "") -> dict[str, Any]:
 
 
 def _work(request: Request) -> Work:
+    """What the layout and the features make of a call; that its rows are short matters to backward alone."""
     layout = request.layout
     if request.dropout_p > 0 or not (request.key_padding_mask is request.attn_bias is None):
         return "featured"
@@ -306,10 +306,10 @@ def heads_a_program(k: Tensor, q: Tensor, layout: BlockLayout, target: Target) -
 
 
 def _backward_tiles(q: Tensor, request: Request, target: Target) -> Pair:
-    layout = request.layout
-    short = layout.capacity <= _SHORT_ROW * (layout.indptr.numel() - 1)
-    sizes = q.element_size(), q.shape[-1], layout.block_q, layout.block_k
-    return backward_tiles(target, *sizes, _work(request), short=short)
+    layout, work = request.layout, _work(request)
+    if layout.capacity <= _SHORT_ROW * (layout.indptr.numel() - 1):
+        work = _SHORT.get(work, work)
+    return backward_tiles(target, q.element_size(), q.shape[-1], layout.block_q, layout.block_k, work)
 
 
 def tile_grad_parts(layout: BlockLayout) -> int:
