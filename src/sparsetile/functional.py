@@ -123,8 +123,8 @@ def sparse_attention(
             of backward it takes the one of ``memory="low"``. The Hopper backend alone may differ in the last
             bits of query's gradient without it; the others are the same bits either way.
         memory: ``"auto"``, or ``"low"``: backward needs no workspace of the size of query (4 bytes an element
-            of it), at seven products a tile instead of five. Today only the Hopper backend has two forms. With
-            a key_padding_mask it needs room for a copy of key and value in either.
+            of it), at seven products a tile instead of five. Today only the Hopper backend has two forms.
+            With a key_padding_mask it needs room for a copy of key and value in either.
         backend: ``"auto"``, ``"hopper"``, ``"triton"``, ``"cpu"`` or ``"reference"``. A named backend serves
             or raises.
         return_lse: also return the natural log-sum-exp ``[B, H, Nq]``, differentiable, for
