@@ -37,7 +37,8 @@ _NAMES = {
 def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict[str, Any]) -> Any:
     """The launch that a small call makes. Options: ``block``, ``whole`` (no partial tiles), ``short``
     (at most two tiles a row), ``biased`` (a tile bias alone), ``featured`` (everything, with GQA), ``placed``
-    (dropout and padding of a part of a longer sequence, with GQA), ``padded`` (padding alone); of ``topk``,
+    (dropout and padding of a part of a longer sequence, with GQA), ``padded`` and ``dropped`` (padding, or
+    dropout, alone); of ``topk``,
     whose head_dim is hidden: see ``selection_of``; of ``rows`` and ``places``, whose head_dim is the places
     of a row: see ``layout_of``."""
     if kernel in ("rows", "places"):
@@ -54,6 +55,7 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
     featured = options.get("featured", False)
     placed = options.get("placed", False)
     padded = featured or placed or options.get("padded", False)
+    dropped = featured or placed or options.get("dropped", False)
     biased = featured or options.get("biased", False)
     q = torch.zeros(1, heads, length, head_dim, dtype=getattr(torch, dtype))
     k = q[:, : heads // 2] if featured or placed else q
@@ -64,8 +66,8 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
     request = Request(
         layout,
         0.1,
-        dropout_p=0.1 if featured or placed else 0.0,
-        seed=torch.zeros(1, dtype=torch.int64) if featured or placed else None,
+        dropout_p=0.1 if dropped else 0.0,
+        seed=torch.zeros(1, dtype=torch.int64) if dropped else None,
         key_padding_mask=padding if padded else None,
         attn_bias=torch.zeros(1, 1, length, length, dtype=q.dtype) if featured else None,
         tile_bias=tile,

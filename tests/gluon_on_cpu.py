@@ -320,6 +320,9 @@ FAKES = {
     "fence_async_shared": lambda: None,
     "warps_of": lambda x: torch.arange(len(x)),
     "tma_add": add_out,
+    # Unsigned integers are int64 tensors.
+    "word": lambda x: torch.as_tensor(x).long() & 0xFFFFFFFF,
+    "wide": lambda x: x,
 }
 
 

@@ -68,7 +68,7 @@ def oracle(
     lse = torch.where(empty, -math.inf, peak + total.log())
     weights = powers / total[..., None]
     if dropout_keep is not None:
-        weights = torch.where(dropout_keep, weights / (1 - dropout_p), 0.0)
+        weights = torch.where(dropout_keep, weights / (1 - round(dropout_p * 2**16) / 2**16), 0.0)
     return torch.einsum("bhqk,bhkd->bhqd", weights, v), lse
 
 

@@ -35,7 +35,7 @@ FEATURES = ("causal", "gqa", "padding", "dropout", "tile_bias", "attn_bias", "ls
 RATIO, FP32_ERROR = 1.2, 1e-5
 SERVED = {
     "triton": (HEAD_DIMS, DTYPES, BLOCKS, FEATURES),
-    "hopper": (HEAD_DIMS[1:], DTYPES[1:], (128, 64), ("causal", "gqa", "padding", "tile_bias", "lse")),
+    "hopper": (HEAD_DIMS[1:], DTYPES[1:], (128, 64), (*FEATURES[:5], "lse")),
 }
 """What each backend answers for: head_dims, dtypes, blocks, features."""
 
@@ -81,7 +81,7 @@ def dense_answers(case: Any, *, fused: bool) -> dict[str, Tensor]:
         weights = logits.softmax(-1)
         keep = case.dropout_keep()
         if keep is not None:
-            weights = torch.where(keep, weights / (1 - case.dropout_p), 0.0)
+            weights = torch.where(keep, weights / (1 - round(case.dropout_p * 2**16) / 2**16), 0.0)
         out = weights @ values
         total = (out * case.grad_out.masked_fill(empty, 0)).sum().float()
         if case.grad_lse is not None:

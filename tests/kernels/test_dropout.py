@@ -1,13 +1,14 @@
 """The dropout mask: its statistics, and that it depends on the seed and the position alone."""
 
 import math
+import random
 
 import pytest
 import torch
 
 from oracle import random_case, run
 from sparsetile.kernels import cpu, reference
-from sparsetile.kernels.dropout import draw_seed, keep_mask, mix, threshold
+from sparsetile.kernels.dropout import draw_seed, keep_mask, keep_scale, mix, threshold
 
 
 def masks(p, seed=None, heads=4, q_len=256, k_len=256):
@@ -28,13 +29,47 @@ def test_the_rate_is_p(p):
         assert (means - (1 - p)).abs().max() < limit
 
 
-def test_neighbours_are_independent():
-    x = masks(0.5) - 0.5
-    limit = 6 * 0.25 / math.sqrt(x.numel() * 0.9)
-    for shifted in (x.roll(1, 0), x.roll(1, 1), x.roll(1, 2), x.roll((1, 1), (1, 2)), x.transpose(1, 2)):
-        product = x * shifted
-        if shifted is not x.transpose(1, 2):
-            assert abs(product.mean().item()) < limit * 1.5
+@pytest.mark.parametrize("p", [0.02, 0.1, 0.5])
+def test_weights_are_independent_at_all_distances(p):
+    """Those that share a word among them, 8 apart: standardised covariances, as a Fourier transform gives
+    them; how much there is of any one wave; and the spread of tiles' sums."""
+    share = threshold(p) / 2**16
+    x = (1 - masks(p, heads=1, q_len=512, k_len=4096)[0] - share) / math.sqrt(share * (1 - share))
+    power = torch.fft.fft2(x).abs().square() / x.numel()
+    # Exponentially distributed; most come twice.
+    assert power.max() < math.log(power.numel()) + 14
+    covariance = torch.fft.ifft2(power).real * math.sqrt(x.numel())
+    covariance[0, 0] = 0.0
+    assert covariance.abs().max() < 7
+    tiles = x.view(32, 16, 256, 16).sum((1, 3)) / 16
+    assert abs(tiles.var().item() - 1) < 6 * math.sqrt(2 / tiles.numel()) + 1e-2
+
+
+def test_the_bits_are_those_of_the_formula():
+    """Written out for single weights in Python's integers."""
+
+    def mixed(x):
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = (x ^ (x >> shift)) * factor % 2**32
+        return x ^ (x >> 16)
+
+    def folded(x, factor):
+        return (x * factor >> 32) ^ (x * factor % 2**32)
+
+    seed = random.getrandbits(62)
+    for _ in range(200):
+        line, query, key = random.randrange(64), random.randrange(2**20), random.randrange(2**20)
+        cells = [8 * (i // 16) + i % 8 for i in (query, key)]
+        stream = mixed(seed % 2**32 ^ mixed(((seed >> 32) + line) % 2**32))
+        row = folded(stream ^ cells[0] * 0x85EBCA6B % 2**32, 0xC2B2AE35)
+        word = folded(folded(row ^ cells[1] * 0x9E3779B1 % 2**32, 0xD2511F53), 0xCD9E8D57)
+        if query // 8 % 2:
+            word = folded(word, 0xA0761D65)
+        bits = word >> 16 if key // 8 % 2 else word % 2**16
+        for p in (0.1, 0.5):
+            at = (torch.tensor([i]) for i in (seed, line, query, key))
+            tensors = dict(zip(("seed", "batch_head", "query", "key"), at, strict=True))
+            assert keep_mask(dropout_p=p, **tensors).item() == (bits >= round(p * 2**16))
 
 
 def test_seeds_differ_in_either_half():
@@ -51,13 +86,19 @@ def test_any_part_of_the_mask_is_the_mask():
     assert torch.equal(part.double(), whole[2, 40:90, 7:200])
 
 
-def test_mix_is_a_bijection_on_32_bits_and_threshold_never_drops_all():
+def test_mix_is_a_bijection_on_32_bits():
     x = torch.randint(0, 2**32, (200_000,)).unique()
     mixed = mix(x)
     assert mixed.unique().numel() == x.numel()
     assert mixed.min() >= 0 and mixed.max() < 2**32
-    assert threshold(0.5) == 2**31
-    assert threshold(1 - 1e-12) < 2**32
+
+
+def test_some_are_kept_and_some_are_not_for_any_p():
+    assert threshold(0.5) == 2**15 and keep_scale(0.5) == 2.0 and keep_scale(0.0) == 1.0
+    for p in (1e-12, 1e-6, 0.1, 1 - 1e-6, 1 - 1e-12):
+        assert 0 < threshold(p) < 2**16
+        assert abs(threshold(p) / 2**16 - p) <= 2**-16
+        assert keep_scale(p) * (2**16 - threshold(p)) == 2**16
 
 
 @pytest.mark.parametrize("block", [16, 128])

@@ -19,6 +19,7 @@ from oracle import FLOOR, Case, random_case, relative_error, run, spread_error
 from sparsetile.kernels import (
     hopper_backend,
     hopper_columns,
+    hopper_dropout,
     hopper_five,
     hopper_forward,
     hopper_launch,
@@ -42,7 +43,7 @@ NOTHING = Launch(None, 0, {}, {})
 def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(hopper_backend, "device_problem", lambda device: None)
     monkeypatch.setattr(hopper_launch, "LONG_ROW", 0)
-    with emulated(hopper_tiles, hopper_forward, hopper_rows, hopper_columns, hopper_five):
+    with emulated(hopper_tiles, hopper_dropout, hopper_forward, hopper_rows, hopper_columns, hopper_five):
         yield
 
 
@@ -223,6 +224,27 @@ def test_key_padding(block: int, head_dim: int, features: set[str], chunk: int) 
         check(hopper_backend, case)
 
 
+@pytest.mark.parametrize(
+    ("block", "head_dim", "features", "chunk"),
+    [
+        (128, 64, {"dropout", "strided"}, 1000),
+        (128, 128, {"dropout", "gqa", "lse"}, 1),
+        (128, 80, {"dropout", "padding_by_head"}, 1000),
+        (128, 128, {"dropout", "tile_bias"}, 1000),
+        (64, 64, {"dropout", "placed", "gqa", "per_batch", "lse"}, 1000),
+        (64, 128, {"dropout", "placed", "tile_bias"}, 1),
+        (128, 64, {"dropout", "placed", "gqa"}, 1000),
+    ],
+)
+def test_dropout(block: int, head_dim: int, features: set[str], chunk: int) -> None:
+    """The very weights that every backend drops, in all kernels."""
+    heads = 4 if "gqa" in features else 2
+    case = case_of(block, head_dim, features, batch=2, heads=heads, dtype=torch.float16)
+    assert case.dropout_p > 0 and case.dropout_seed is not None
+    with override(chunk=chunk):
+        check(hopper_backend, case)
+
+
 def test_key_padding_in_whole_tiles_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of padding at the end, where no tile is partial; the rows that attend only such tiles are empty."""
     monkeypatch.setattr(hopper_backend, "target_of", lambda device: Target("hopper", 1))
@@ -295,7 +317,6 @@ def test_a_gradient_without_strides_is_copied() -> None:
         ({"head_dim": 60}, "head_dim 8 to 128 in multiples of 8, not 60"),
         ({"dtype": torch.float32}, "fp16 and bf16, not torch.float32"),
         ({"block": 32}, "not 32×32"),
-        ({"features": {"dropout"}}, "no dropout"),
         ({"features": {"attn_bias"}}, "no dense bias"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

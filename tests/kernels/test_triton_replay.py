@@ -10,6 +10,7 @@ import copy
 import ctypes
 import gc
 import pickle
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -310,3 +311,43 @@ def test_a_launcher_that_is_not_known_is_not_recorded(monkeypatch: pytest.Monkey
     arguments = {"q": SimpleNamespace(base=torch.zeros(8), block_shape=[8])}
     launch = Launch(SimpleNamespace(arg_names=["q"]), 1, arguments, {})
     assert triton_replay.record([launch], ("q",)) is None
+
+
+def test_no_counter_is_handed_out_twice() -> None:
+    """From several threads, over the ends of blocks; each is a zero, in memory that stays
+    until the next block is used up."""
+    counters = triton_replay.Counters(torch.device("cpu"))
+    taken: list[int] = []
+
+    def take() -> None:
+        for _ in range(3000):
+            pointer = counters.take()
+            # Read, then spoiled as a kernel would: a second call that got it would see it.
+            number = ctypes.c_int32.from_address(pointer)
+            assert number.value == 0
+            number.value = 1
+            taken.append(pointer)
+
+    threads = [threading.Thread(target=take) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(taken) == 9000
+    before, now = counters.blocks
+    assert before is not None and now is not None and before.data_ptr() != now.data_ptr()
+    assert int(before.sum()) == 4096 and int(now.sum()) == 9000 - 2 * 4096
+
+
+def test_the_default_stream_alone_takes_from_the_shared_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other streams end, and may be captured into a graph, which comes back to what it has used."""
+    started: list[int] = []
+    step = triton_replay.Step(lambda *given, stream: started.append(given[0]), [None], ((0, -1),), ())
+    recording = Recording((step,), (), 0, True, ())
+    device = torch.device("cpu")
+    for stream, shared in ((0, True), (7, False)):
+        monkeypatch.setattr(triton_replay, "current_stream", lambda device, stream=stream: stream)
+        recording.play([], device)
+        block = triton_replay.counters_of(device).blocks[1]
+        assert block is not None
+        assert (block.data_ptr() <= started[-1] < block.data_ptr() + block.nbytes) == shared

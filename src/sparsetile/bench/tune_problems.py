@@ -91,7 +91,7 @@ def problems(cell: Cell, tokens: int, heads: int) -> list[Problem]:
     if place.work == "featured":
         return [
             Problem(case("local", tokens // 24), ("padding",)),
-            Problem(case("random", tokens // 8), ("dropout",)),
+            Problem(case("random", tokens // 8), ("padding", "dropout")),
             Problem(case("global+local", short // 4, length=short), ("padding", "dropout", "bias")),
         ]
     # Short rows, one or two tiles each; more sequences, or they would leave multiprocessors idle.

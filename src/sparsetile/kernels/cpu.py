@@ -17,6 +17,7 @@ from sparsetile.kernels.cpu_backward import backward
 from sparsetile.kernels.cpu_plan import Chunk, chunks, layout_plan
 from sparsetile.kernels.cpu_scores import LOG2_E, Scores
 from sparsetile.kernels.cpu_tiles import Tiles
+from sparsetile.kernels.dropout import keep_scale
 from sparsetile.kernels.request import Request
 
 __all__ = ["backward", "forward", "why_not"]
@@ -73,7 +74,7 @@ def _attend(scores: Scores, chunk: Chunk) -> tuple[Tensor, Tensor]:
         weights.sub_(shift).exp2_()
         step_total = weights.sum(-1, keepdim=True)
         if scores.request.dropout_p > 0:
-            scores.drop(chunk, step, weights, 1 / (1 - scores.request.dropout_p))
+            scores.drop(chunk, step, weights, keep_scale(scores.request.dropout_p))
         if top is None or total is None:
             torch.bmm(weights, values, out=out)
             total = step_total

@@ -25,6 +25,7 @@ from sparsetile.kernels.cpu_plan import (
 )
 from sparsetile.kernels.cpu_scores import LOG2_E, Scores
 from sparsetile.kernels.cpu_tiles import Tiles
+from sparsetile.kernels.dropout import keep_scale
 from sparsetile.kernels.request import Gradients, Request
 
 _SUM_BYTES = 2**24  # fp32 sums of dK and dV for 16-bit gradients
@@ -159,7 +160,7 @@ class _Backward:
             torch.bmm(grad_out, values.transpose(1, 2), out=slopes)
             kept = weights
             if dropout_p > 0:
-                factor = 1 / (1 - dropout_p)
+                factor = keep_scale(dropout_p)
                 kept = workspace.take("kept", *weights.shape).copy_(weights)
                 scores.drop(chunk, step, kept, factor)
                 # The mask once more rather than kept/weights: a weight may be 0.

@@ -3,11 +3,17 @@
 Every backend computes the same bits, so backward regenerates what forward drew, backends can be compared
 bit for bit, and splitting rows over programs, tiles or machines cannot change the mask.
 
-The generator is the 32-bit finaliser "lowbias32" (Chris Wellons, "Hash Prospector", public domain), chained::
+``mix`` is the 32-bit finaliser "lowbias32" (Chris Wellons, "Hash Prospector", public domain); ``fold`` is
+the upper half of a 64-bit product xor its lower half (as in wyhash, Wang Yi, public domain). Four weights
+share two words: those at queries q and q + 8 and keys k and k + 8, which one thread holds of a product of
+tensor cores, whichever of the two its rows are. With c(i) = 8⌊i / 16⌋ + i mod 8, all modulo 2³²::
 
-    row  = mix(mix(seed_low ^ mix(seed_high + batch·H + head)) + query)
-    bits = mix(row ^ (key · 0x9E3779B1))            all modulo 2³²
-    keep = bits ≥ round(p · 2³²)
+    row  = fold((mix(seed_low ^ mix(seed_high + batch·H + head)) ^ (c(query) · 0x85EBCA6B)) · 0xC2B2AE35)
+    x    = fold(fold((row ^ (c(key) · 0x9E3779B1)) · 0xD2511F53) · 0xCD9E8D57)
+    y    = fold(x · 0xA0761D65)
+    word = y if ⌊query / 8⌋ is odd else x
+    bits = word // 2¹⁶ if ⌊key / 8⌋ is odd else word mod 2¹⁶
+    keep = bits ≥ round(p · 2¹⁶)
 
 Triton repeats these lines in uint32 arithmetic; here int64 tensors stand for uint32 values.
 """
@@ -21,9 +27,21 @@ _MASK = 0xFFFFFFFF
 KEY_STEP = 0x9E3779B1
 
 
+_QUERY_STEP, _ROW, _FIRST, _SECOND, _THIRD = 0x85EBCA6B, 0xC2B2AE35, 0xD2511F53, 0xCD9E8D57, 0xA0761D65
+_STEPS = 1 << 16
+
+
 def threshold(dropout_p: float) -> int:
-    """Random 32-bit values below this are dropped."""
-    return min(round(dropout_p * 2**32), _MASK)
+    """Random 16-bit values below this are dropped: p in steps of 2⁻¹⁶; some are, and some are not, for any p
+    in (0, 1)."""
+    if dropout_p == 0:
+        return 0
+    return min(max(round(dropout_p * _STEPS), 1), _STEPS - 1)
+
+
+def keep_scale(dropout_p: float) -> float:
+    """One divided by the probability to be kept: what a weight that is kept is multiplied by."""
+    return _STEPS / (_STEPS - threshold(dropout_p))
 
 
 def mix(x: Tensor) -> Tensor:
@@ -34,17 +52,34 @@ def mix(x: Tensor) -> Tensor:
 
 
 def random_bits(seed: Tensor, batch_head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """32 bits as int64, in the broadcast shape of ``batch_head`` (b·H + h), ``query``, ``key`` (int64)."""
-    low = seed & _MASK
-    high = (seed >> 32) & _MASK
-    stream = mix(low ^ mix((high + batch_head) & _MASK))
-    row = mix((stream + query) & _MASK)
+    """32 bits as int64, in the broadcast shape of ``batch_head`` (b·H + h), ``query``, ``key`` (int64), for
+    draws that are not dropout's: two rounds of ``mix``, the query's and the key's."""
+    row = mix((_stream(seed, batch_head) + query) & _MASK)
     return mix(row ^ (key * KEY_STEP & _MASK))
+
+
+def _stream(seed: Tensor, batch_head: Tensor) -> Tensor:
+    low, high = seed & _MASK, (seed >> 32) & _MASK
+    return mix(low ^ mix((high + batch_head) & _MASK))
+
+
+def fold(x: Tensor, factor: int) -> Tensor:
+    """Upper half of the 64-bit product xor the lower one, on int64 tensors that hold uint32 values."""
+    product = x * factor
+    return ((product >> 32) ^ product) & _MASK
 
 
 def keep_mask(seed: Tensor, dropout_p: float, batch_head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Bool, in the broadcast shape of ``batch_head`` (b·H + h), ``query`` and ``key`` (all int64)."""
-    return random_bits(seed, batch_head, query, key) >= threshold(dropout_p)
+    row = fold(_stream(seed, batch_head) ^ (_cell(query) * _QUERY_STEP & _MASK), _ROW)
+    x = fold(fold(row ^ (_cell(key) * KEY_STEP & _MASK), _FIRST), _SECOND)
+    word = torch.where(query & 8 != 0, fold(x, _THIRD), x)
+    return (word >> 2 * (key & 8)) & (_STEPS - 1) >= threshold(dropout_p)
+
+
+def _cell(place: Tensor) -> Tensor:
+    """Number of the two places, 8 apart, that share their words."""
+    return (place >> 4 << 3) | (place & 7)
 
 
 def positions(tiles: Tensor, block: int, at: Tensor) -> Tensor:

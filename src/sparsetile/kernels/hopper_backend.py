@@ -64,8 +64,6 @@ def unserved(q: Tensor, k: Tensor, v: Tensor, request: Request) -> str | None:
         return f"serves head_dim 8 to {LARGEST_HEAD_DIM} in multiples of 8, not {q.shape[3]}"
     if layout.block_q != layout.block_k or layout.block_q not in BLOCKS:
         return f"serves tiles of 64×64 and 128×128 tokens, not {layout.block_q}×{layout.block_k}"
-    if request.dropout_p > 0:
-        return "has no dropout"
     if request.attn_bias is not None:
         return "has no dense bias; a bias by tile it has"
     if request.scale <= 0:

@@ -18,6 +18,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sparsetile.kernels.hopper_dropout import (
+    keeps,
+    keys_at,
+    put_place,
+    queries_at,
+    read_place,
+    row_words,
+)
 from sparsetile.kernels.hopper_tiles import (
     LOG2E,
     ROWS,
@@ -58,7 +66,7 @@ def step_buffers(q, grad_out, lse2, delta, M: gl.constexpr, BLOCK_D: gl.constexp
 # fmt: off
 @gluon.jit
 def load_steps(
-    tensors, others, bias, stream, full, free, steps, batch, head, start, end,
+    tensors, others, bias, dropout, stream, full, free, steps, batch, head, start, end,
     BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
     MEMBERS: gl.constexpr,
 ):
@@ -72,12 +80,14 @@ def load_steps(
     for member in range(MEMBERS):
         q_head = head * MEMBERS + member
         for step in range(start * STEPS, end * STEPS):
-            query0 = gl.load(others + step // STEPS).to(gl.int32) * BLOCK_Q + (step % STEPS) * M
+            query_block = gl.load(others + step // STEPS).to(gl.int32)
+            query0 = query_block * BLOCK_Q + (step % STEPS) * M
             tile_at = [batch, q_head, query0, 0]
             line_at = [batch, q_head, query0]
             stage = steps % STAGES
             here = full.index(stage)
             mbarrier.wait(free.index(stage), ((steps // STAGES) & 1) ^ 1)
+            put_place(dropout, stage, queries_at(dropout, query_block, BLOCK_Q) + (step % STEPS) * M)
             if tile_bias is not None:
                 own = tile_bias + batch.to(gl.int64) * st_b + q_head.to(gl.int64) * st_h
                 note_down(edge_s, bias_s, stage, own, edges, step // STEPS)
@@ -93,7 +103,7 @@ def load_steps(
 # fmt: off
 @gluon.jit
 def producer(
-    tensors, walk, bias, padding, buffers, signals,
+    tensors, walk, bias, padding, dropout, buffers, signals,
     BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, MEMBERS: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
 ):
@@ -130,7 +140,7 @@ def producer(
                 copy_keys(k, padding, 0, note, at, here, k_s.index(buffer * CONSUMERS + c))
                 copy_keys(v, padding, 1, note, at, here, v_s.index(buffer * CONSUMERS + c))
             steps = load_steps(
-                of_steps, others, bias, stream, full, free, steps, batch, head, start, end,
+                of_steps, others, bias, dropout, stream, full, free, steps, batch, head, start, end,
                 BLOCK_D, BLOCK_Q, M, STAGES, MEMBERS,
             )  # fmt: skip
             turn += 1
@@ -172,6 +182,18 @@ def weights(
     return p
 
 
+# fmt: off
+@gluon.jit
+def signed(p, dropout, batch_head, query_place, key_place, M: gl.constexpr, S: gl.constexpr):
+    # fmt: on
+    """Pᵀ ``[ROWS keys, M queries]``, below 0 where the weight is dropped: nothing else need be held until dP
+    is there."""
+    queries = gl.arange(0, M, layout=gl.SliceLayout(0, S))
+    keys = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+    words = row_words(dropout, batch_head, query_place, queries)
+    return gl.where(keeps(dropout, words[None, :], queries[None, :], key_place, keys[:, None]), p, -p)
+
+
 @gluon.jit
 def store_wide(dk_to, dv_to, at, dk, dv, rows_left, D: gl.constexpr, O: gl.constexpr):
     """Stores fp32 dk and dv from row ``at`` of lines of D entries, of which they may have more, as far as
@@ -186,13 +208,13 @@ def store_wide(dk_to, dv_to, at, dk, dv, rows_left, D: gl.constexpr, O: gl.const
 # fmt: off
 @gluon.jit
 def consumer(
-    C: gl.constexpr, tensors, bias, padding, buffers, signals,
+    C: gl.constexpr, tensors, bias, padding, dropout, buffers, signals,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
 ):
     # fmt: on
     dk_out, dv_out, part_dk, part_dv, members_dk, members_dv = tensors[:6]
-    mask_ids, masks, heads, reps, k_len, scale, scale2 = tensors[6:]
+    mask_ids, masks, heads, group, reps, k_len, scale, scale2 = tensors[6:]
     tile_bias = bias[0]
     k_s, v_s, info_s, stream = buffers
     q_s, g_s, lse_s, delta_s, _, bias_s = stream
@@ -216,6 +238,8 @@ def consumer(
         dk = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
         dv = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
         zero = gl.zeros([ROWS, M], gl.float32, S)
+        own_place = keys_at(dropout, field(line, 1) * MEMBERS // group, field(line, 2), BLOCK_K) + C * ROWS
+        line_head = (field(line, 0) * heads + field(line, 1)) * MEMBERS
         span = (end - start) * STEPS
         count = span * MEMBERS
         # The first scores; of an item without steps of whatever lies there: a product that some branches
@@ -242,12 +266,22 @@ def consumer(
                 s, at % STEPS, start + at // STEPS, full_end, stage, lse_s, bias_s, tile_bias,
                 mask_ids, masks, scale2, C * ROWS, BLOCK_Q, BLOCK_K, M, PARTIAL, S,
             )  # fmt: skip
-            p_left = gl.convert_layout(p.to(kind), P)
+            p_kept = p
+            if dropout[0] is not None:
+                q_line = line_head
+                if MEMBERS > 1:
+                    q_line += i // span
+                p = signed(p, dropout, q_line, read_place(dropout, stage), own_place, M, S)
+                p_kept = gl.maximum(p, 0.0)
+            p_left = gl.convert_layout(p_kept.to(kind), P)
             # Over long ago: ptxas cannot move the wait for dP above the exponentials.
             mbarrier.wait(kv_full.index(buffer), (turn // ITEMS) & 1)
             d = warpgroup_mma_wait(0, deps=[d_token])
             dv_token = warpgroup_mma(p_left, g, dv, is_async=True)
             delta_row = delta_s.index(stage).reshape([M]).load(gl.SliceLayout(0, S))
+            if dropout[0] is not None:
+                d = gl.where(p > 0.0, d * dropout[2], 0.0)
+                p = gl.maximum(p, -p)
             ds = gl.convert_layout((p * (d - delta_row[None, :])).to(kind), P)
             dk_token = warpgroup_mma(ds, q_s.index(stage).reshape([M, BLOCK_D]), dk, is_async=True)
             steps += 1
@@ -271,6 +305,8 @@ def consumer(
             dk = gl.where(hidden[:, None], 0.0, dk)
             dv = gl.where(hidden[:, None], 0.0, dv)
         dk = dk * scale
+        if dropout[0] is not None:
+            dv = dv * dropout[2]
         whole = True
         if part_dk is not None:
             if slot >= 0:
@@ -297,9 +333,10 @@ def consumer(
 # fmt: off
 @gluon.jit(do_not_specialize=COUNTS)
 def columns_kernel(
-    q, grad_out, k, v, lse2, delta, dk_out, dv_out, part_dk, part_dv, members_dk, members_dv,
-    tile_bias, edges, kept_notes, kept_words, kept_k, kept_v, counter, items, others, mask_ids, masks, st_b,
-    st_h, item_count, first_count, reps, heads, layout_heads, group, k_len, k_blocks, works, scale, scale2,
+    q, grad_out, k, v, lse2, delta, dk_out, dv_out, part_dk, part_dv, members_dk, members_dv, tile_bias,
+    edges, kept_notes, kept_words, kept_k, kept_v, seed, q_tiles, k_tiles, skt_h, keep_scale, threshold,
+    counter, items, others, mask_ids, masks, st_b, st_h, item_count, first_count, reps, heads,
+    layout_heads, group, k_len, k_blocks, works, scale, scale2,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
     BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr, REGISTERS: gl.constexpr,
@@ -328,25 +365,28 @@ def columns_kernel(
     padding = (kept_notes,)
     if kept_notes is not None:
         padding = (kept_notes, kept_words, kept_k, kept_v, k_blocks, room_for_notes(ITEMS))
+    dropout = (seed,)
+    if seed is not None:
+        dropout = (seed, threshold, keep_scale, q_tiles, k_tiles, skt_h, room_for_notes(STAGES))
     stores = (
         dk_out, dv_out, part_dk, part_dv, members_dk, members_dv,
-        mask_ids, masks, heads, reps, k_len, scale, scale2,
+        mask_ids, masks, heads, group, reps, k_len, scale, scale2,
     )  # fmt: skip
     # fmt: off
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consumer, (gl.constexpr(0), stores, bias, padding, buffers, signals,
+            (consumer, (gl.constexpr(0), stores, bias, padding, dropout, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
-            (consumer, (gl.constexpr(1), stores, bias, padding, buffers, signals,
+            (consumer, (gl.constexpr(1), stores, bias, padding, dropout, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
-            (producer, (loads, walk, bias, padding, buffers, signals,
+            (producer, (loads, walk, bias, padding, dropout, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, BATCH_SHARED, HEADS_SHARED)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
-            (consumer, (gl.constexpr(0), stores, bias, padding, buffers, signals,
+            (consumer, (gl.constexpr(0), stores, bias, padding, dropout, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
-            (producer, (loads, walk, bias, padding, buffers, signals,
+            (producer, (loads, walk, bias, padding, dropout, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, BATCH_SHARED, HEADS_SHARED)),
         ], [1], [PRODUCER_REGISTERS])
     # fmt: on

@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparsetile.kernels.hopper_columns import ITEMS, load_steps, step_buffers, store_wide, weights
+from sparsetile.kernels.hopper_columns import ITEMS, load_steps, signed, step_buffers, store_wide, weights
+from sparsetile.kernels.hopper_dropout import keys_at, read_place
 from sparsetile.kernels.hopper_rows import keep_sums
 from sparsetile.kernels.hopper_tiles import (
     ROWS,
@@ -55,7 +56,7 @@ def tma_add(desc, coord, source, _semantic=None):
 # fmt: off
 @gluon.jit
 def producer(
-    tensors, walk, bias, padding, buffers, signals,
+    tensors, walk, bias, padding, dropout, buffers, signals,
     BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, M: gl.constexpr,
     STAGES: gl.constexpr, MEMBERS: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
 ):
@@ -93,7 +94,7 @@ def producer(
             mbarrier.expect(here, BLOCK_K * BLOCK_D * 2)
             copy_keys(v, padding, 1, note, at, here, v_s.index(0))
             steps = load_steps(
-                of_steps, others, bias, stream, full, free, steps, batch, head, start, end,
+                of_steps, others, bias, dropout, stream, full, free, steps, batch, head, start, end,
                 BLOCK_D, BLOCK_Q, M, STAGES, MEMBERS,
             )  # fmt: skip
             turn += 1
@@ -134,13 +135,13 @@ def send_dq(C: gl.constexpr, dq, dq_sum, dq_s, batch, head, query0, BLOCK_D: gl.
 # fmt: off
 @gluon.jit
 def consumer(
-    C: gl.constexpr, tensors, bias, bias_grad, padding, buffers, signals,
+    C: gl.constexpr, tensors, bias, bias_grad, padding, dropout, buffers, signals,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
 ):
     # fmt: on
     dk_out, dv_out, dq_sum, part_dk, part_dv, members_dk, members_dv = tensors[:7]
-    others, mask_ids, masks, heads, reps, k_len, scale, scale2 = tensors[7:]
+    others, mask_ids, masks, heads, group, reps, k_len, scale, scale2 = tensors[7:]
     tile_grad, stg_b, stg_h, tile_grad_step = bias_grad
     tile_bias = bias[0]
     k_s, v_s, info_s, stream, ds_s, dq_s, o_s = buffers
@@ -169,6 +170,7 @@ def consumer(
         zero = gl.zeros([ROWS, M], gl.float32, S)
         if padding[0] is not None:
             hidden = ignored_keys(padding, read_note(padding, buffer), C * ROWS, BLOCK_K, S)
+        own_place = keys_at(dropout, head * MEMBERS // group, field(line, 2), BLOCK_K) + C * ROWS
         if tile_grad is not None:
             kept = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, S))
         span = (end - start) * STEPS
@@ -204,12 +206,20 @@ def consumer(
                 s, part, entry, full_end, stage, lse_s, bias_s, tile_bias,
                 mask_ids, masks, scale2, C * ROWS, BLOCK_Q, BLOCK_K, M, PARTIAL, S,
             )  # fmt: skip
-            p_left = gl.convert_layout(p.to(kind), P)
+            p_kept = p
+            if dropout[0] is not None:
+                q_line = batch * heads * MEMBERS + q_head
+                p = signed(p, dropout, q_line, read_place(dropout, stage), own_place, M, S)
+                p_kept = gl.maximum(p, 0.0)
+            p_left = gl.convert_layout(p_kept.to(kind), P)
             # Over long ago: ptxas cannot move the wait for dP above the exponentials.
             mbarrier.wait(k_full.index(buffer), (turn // ITEMS) & 1)
             d = warpgroup_mma_wait(0, deps=[d_token])
             dv_token = warpgroup_mma(p_left, g, dv, is_async=True)
             delta_row = delta_s.index(stage).reshape([M]).load(gl.SliceLayout(0, S))
+            if dropout[0] is not None:
+                d = gl.where(p > 0.0, d * dropout[2], 0.0)
+                p = gl.maximum(p, -p)
             p = p * (d - delta_row[None, :])
             if padding[0] is not None:
                 p = gl.where(hidden[:, None], 0.0, p)
@@ -265,6 +275,8 @@ def consumer(
             dv = gl.where(hidden[:, None], 0.0, dv)
         mbarrier.arrive(k_free.index(buffer), count=1)
         dk = dk * scale
+        if dropout[0] is not None:
+            dv = dv * dropout[2]
         whole = True
         if part_dk is not None:
             if slot >= 0:
@@ -295,9 +307,10 @@ def consumer(
 @gluon.jit(do_not_specialize=COUNTS)
 def five_kernel(
     q, grad_out, k, v, lse2, delta, dk_out, dv_out, dq_sum, part_dk, part_dv, members_dk, members_dv,
-    tile_bias, edges, tile_grad, kept_notes, kept_words, kept_k, kept_v, counter, items, others, mask_ids,
-    masks, st_b, st_h, stg_b, stg_h, tile_grad_step, item_count, first_count, reps, heads, layout_heads,
-    group, k_len, k_blocks, works, scale, scale2,
+    tile_bias, edges, tile_grad, kept_notes, kept_words, kept_k, kept_v, seed, q_tiles, k_tiles, skt_h,
+    keep_scale, threshold, counter, items, others, mask_ids, masks, st_b, st_h, stg_b, stg_h,
+    tile_grad_step, item_count, first_count, reps, heads, layout_heads, group, k_len, k_blocks, works,
+    scale, scale2,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     M: gl.constexpr, STAGES: gl.constexpr, MEMBERS: gl.constexpr, PARTIAL: gl.constexpr,
     BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr, REGISTERS: gl.constexpr,
@@ -333,17 +346,20 @@ def five_kernel(
     padding = (kept_notes,)
     if kept_notes is not None:
         padding = (kept_notes, kept_words, kept_k, kept_v, k_blocks, room_for_notes(ITEMS))
+    dropout = (seed,)
+    if seed is not None:
+        dropout = (seed, threshold, keep_scale, q_tiles, k_tiles, skt_h, room_for_notes(STAGES))
     stores = (
         dk_out, dv_out, dq_sum, part_dk, part_dv, members_dk, members_dv,
-        others, mask_ids, masks, heads, reps, k_len, scale, scale2,
+        others, mask_ids, masks, heads, group, reps, k_len, scale, scale2,
     )  # fmt: skip
     # fmt: off
     gl.warp_specialize([
-        (consumer, (gl.constexpr(0), stores, bias, bias_grad, padding, buffers, signals,
+        (consumer, (gl.constexpr(0), stores, bias, bias_grad, padding, dropout, buffers, signals,
                     D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
-        (consumer, (gl.constexpr(1), stores, bias, bias_grad, padding, buffers, signals,
+        (consumer, (gl.constexpr(1), stores, bias, bias_grad, padding, dropout, buffers, signals,
                     D, BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, PARTIAL)),
-        (producer, (loads, walk, bias, padding, buffers, signals,
+        (producer, (loads, walk, bias, padding, dropout, buffers, signals,
                     BLOCK_D, BLOCK_Q, BLOCK_K, M, STAGES, MEMBERS, BATCH_SHARED, HEADS_SHARED)),
     ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
     # fmt: on

@@ -16,6 +16,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sparsetile.kernels.hopper_dropout import (
+    keeps,
+    keys_at,
+    put_place,
+    queries_at,
+    read_place,
+    row_words,
+)
 from sparsetile.kernels.hopper_tiles import (
     LN2,
     LOG2E,
@@ -43,7 +51,7 @@ from sparsetile.kernels.triton_tiles import COUNTS
 # fmt: off
 @gluon.jit
 def producer(
-    tensors, walk, bias, padding, buffers, signals,
+    tensors, walk, bias, padding, dropout, buffers, signals,
     BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     QS: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
 ):
@@ -85,6 +93,7 @@ def producer(
                 phase = ((tiles // STAGES) & 1) ^ 1
                 mbarrier.wait(k_free.index(stage), phase)
                 put_note(padding, stage, note)
+                put_place(dropout, stage, keys_at(dropout, kv_head, key_block, BLOCK_K))
                 if tile_bias is not None:
                     own = tile_bias + batch.to(gl.int64) * st_b + head.to(gl.int64) * st_h
                     note_down(edge_s, bias_s, stage, own, edges, entry)
@@ -141,7 +150,7 @@ def soften(s, peak, total, scale, shift, MAYBE_EMPTY: gl.constexpr, BIASED: gl.c
 # fmt: off
 @gluon.jit
 def consumer(
-    C: gl.constexpr, tensors, bias, padding, buffers, signals,
+    C: gl.constexpr, tensors, bias, padding, dropout, buffers, signals,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr,
 ):
@@ -174,6 +183,9 @@ def consumer(
     if BIASED:
         shift = noted(bias_s, 0)
     note = read_note(padding, 0)
+    place = read_place(dropout, 0)
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+    keys = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, S))
     mbarrier.arrive(k_free.index(0), count=1, pred=some)
     while more:
         buffer = turn % QS
@@ -190,6 +202,10 @@ def consumer(
         peak = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
         total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
         p, shrink, peak, total = soften(s, peak, total, scale, shift, MAYBE_EMPTY, BIASED)
+        if dropout[0] is not None:
+            own_place = queries_at(dropout, field(line, 2), BLOCK_Q) + C * ROWS
+            words = row_words(dropout, field(line, 0) * heads + field(line, 1), own_place, rows)
+            p = gl.where(keeps(dropout, words[:, None], rows[:, None], place, keys[None, :]), p, 0.0)
         p = gl.convert_layout(p.to(kind), P)
         for entry in range(start + 1, end):
             before = tiles % STAGES
@@ -205,11 +221,15 @@ def consumer(
             if BIASED:
                 shift = noted(bias_s, stage)
             note = read_note(padding, stage)
+            place = read_place(dropout, stage)
             mbarrier.arrive(k_free.index(stage), count=1)
             if PARTIAL:
                 s = masked(s, entry, full_end, end, mask_ids, masks, C * ROWS, BLOCK_Q, BLOCK_K, S)
             s = heeded(s, padding, note, BLOCK_K, S)
             new_p, shrink, peak, total = soften(s, peak, total, scale, shift, MAYBE_EMPTY, BIASED)
+            if dropout[0] is not None:
+                kept = keeps(dropout, words[:, None], rows[:, None], place, keys[None, :])
+                new_p = gl.where(kept, new_p, 0.0)
             # Over at once: a new basic block, above which ptxas cannot move the wait for acc.
             mbarrier.wait(v_full.index(before), before_phase)
             acc, p = warpgroup_mma_wait(0, deps=[acc_token, p])
@@ -241,9 +261,11 @@ def consumer(
         empty = total == 0.0
         divisor = gl.where(empty, 1.0, total)
         row_lse = gl.where(empty, float("-inf"), peak + gl.log2(divisor))
-        acc = acc * gl.convert_layout(1.0 / divisor, gl.SliceLayout(1, O))[:, None]
+        inverse = 1.0 / divisor
+        if dropout[0] is not None:
+            inverse = dropout[2] / divisor
+        acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, O))[:, None]
         acc = gl.where(some, acc, 0.0)
-        rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
         query = block * BLOCK_Q + C * ROWS + rows
         whole = True
         if part_out is not None:
@@ -265,6 +287,7 @@ def consumer(
         if BIASED:
             shift = noted(bias_s, next_stage)
         note = read_note(padding, next_stage)
+        place = read_place(dropout, next_stage)
         mbarrier.arrive(k_free.index(next_stage), count=1, pred=next_some)
     tma.store_wait(0)
 
@@ -272,9 +295,9 @@ def consumer(
 # fmt: off
 @gluon.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    q, k, v, out, lse, part_out, part_lse, tile_bias, edges, kept_notes, kept_words, kept_k, kept_v, counter,
-    items, others, mask_ids, masks, st_b, st_h, item_count, first_count, reps, heads, layout_heads, group,
-    q_len, q_blocks, k_blocks, works, scale,
+    q, k, v, out, lse, part_out, part_lse, tile_bias, edges, kept_notes, kept_words, kept_k, kept_v, seed,
+    q_tiles, k_tiles, skt_h, keep_scale, threshold, counter, items, others, mask_ids, masks, st_b, st_h,
+    item_count, first_count, reps, heads, layout_heads, group, q_len, q_blocks, k_blocks, works, scale,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr,
     HEADS_SHARED: gl.constexpr,
@@ -309,22 +332,25 @@ def forward_kernel(
     padding = (kept_notes,)
     if kept_notes is not None:
         padding = (kept_notes, kept_words, kept_k, kept_v, k_blocks, room_for_notes(STAGES))
+    dropout = (seed,)
+    if seed is not None:
+        dropout = (seed, threshold, keep_scale, q_tiles, k_tiles, skt_h, room_for_notes(STAGES))
     stores = (out, lse, part_out, part_lse, mask_ids, masks, heads, reps, q_len, scale)
     # fmt: off
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consumer, (gl.constexpr(0), stores, bias, padding, buffers, signals,
+            (consumer, (gl.constexpr(0), stores, bias, padding, dropout, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
-            (consumer, (gl.constexpr(1), stores, bias, padding, buffers, signals,
+            (consumer, (gl.constexpr(1), stores, bias, padding, dropout, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
-            (producer, (loads, walk, bias, padding, buffers, signals,
+            (producer, (loads, walk, bias, padding, dropout, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
-            (consumer, (gl.constexpr(0), stores, bias, padding, buffers, signals,
+            (consumer, (gl.constexpr(0), stores, bias, padding, dropout, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
-            (producer, (loads, walk, bias, padding, buffers, signals,
+            (producer, (loads, walk, bias, padding, dropout, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [1], [PRODUCER_REGISTERS])
     # fmt: on

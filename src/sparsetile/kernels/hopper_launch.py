@@ -17,6 +17,7 @@ from sparsetile.kernels import (
     triton_backward,
     triton_padding,
 )
+from sparsetile.kernels.dropout import keep_scale
 from sparsetile.kernels.request import Request
 from sparsetile.kernels.triton_config import Target, padded_dim
 from sparsetile.kernels.triton_launch import (
@@ -32,6 +33,7 @@ from sparsetile.kernels.triton_launch import (
     scheduled,
     strides_of,
     sum_launch,
+    threshold_bits,
     tile_grad_parts,
 )
 from sparsetile.layout.blocks import BlockLayout
@@ -148,6 +150,19 @@ def _heeding(kept: Kept | None, layout: BlockLayout, rows: int) -> dict[str, Any
     }
 
 
+def _dropping(request: Request) -> dict[str, Any]:
+    """What every kernel takes of dropout."""
+    k_tiles = request.k_tiles
+    return {
+        "seed": request.seed,
+        "q_tiles": request.q_tiles,
+        "k_tiles": k_tiles,
+        **strides_of("kt", k_tiles, "h"),
+        "keep_scale": keep_scale(request.dropout_p),
+        "threshold": threshold_bits(request.dropout_p),
+    }
+
+
 def _walked(plan: Schedule, owners: Owners, request: Request, q: Tensor, k: Tensor) -> dict[str, Any]:
     """What every kernel takes of a schedule, a layout and a tile bias."""
     layout, tile_bias = request.layout, features_of(request)[2]
@@ -209,6 +224,7 @@ def forward_launches(
         "part_out": part_out,
         "part_lse": part_lse,
         **_walked(plan, owners, request, q, k),
+        **_dropping(request),
         **_heeding(kept, layout, layout.block_k),
         "counter": torch.zeros(1, dtype=torch.int32, device=q.device),
         "heads": q.shape[1],
@@ -296,6 +312,7 @@ def backward_launches(
         "members_dv": members_dv,
         "counter": column_counter,
         **_walked(plan, owners, request, q, k),
+        **_dropping(request),
         **_heeding(kept, layout, block if five else ROWS),
         "heads": out_heads,
         "k_len": layout.k_len,
@@ -339,6 +356,7 @@ def backward_launches(
         "counter": row_counter,
         **tile_sums,
         **_walked(plan, owners, request, q, k),
+        **_dropping(request),
         **_heeding(kept, layout, block),
         "heads": heads,
         "q_len": layout.q_len,

@@ -15,6 +15,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sparsetile.kernels.hopper_dropout import (
+    keeps,
+    keys_at,
+    put_place,
+    queries_at,
+    read_place,
+    row_words,
+)
 from sparsetile.kernels.hopper_forward import masked
 from sparsetile.kernels.hopper_tiles import (
     LOG2E,
@@ -41,7 +49,7 @@ from sparsetile.kernels.triton_tiles import COUNTS
 # fmt: off
 @gluon.jit
 def producer(
-    tensors, walk, bias, padding, buffers, signals,
+    tensors, walk, bias, padding, dropout, buffers, signals,
     BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     QS: gl.constexpr, BATCH_SHARED: gl.constexpr, HEADS_SHARED: gl.constexpr,
 ):
@@ -86,6 +94,7 @@ def producer(
                 copy_keys(v, padding, 1, note, at, v_full.index(stage), v_s.index(stage))
                 mbarrier.wait(k_free.index(stage), phase)
                 put_note(padding, stage, note)
+                put_place(dropout, stage, keys_at(dropout, kv_head, key_block, BLOCK_K))
                 if tile_bias is not None:
                     own = tile_bias + batch.to(gl.int64) * st_b + head.to(gl.int64) * st_h
                     note_down(edge_s, bias_s, stage, own, edges, entry)
@@ -115,7 +124,7 @@ def keep_sums(into, first, step, row_sums):
 # fmt: off
 @gluon.jit
 def consumer(
-    C: gl.constexpr, tensors, bias, bias_grad, padding, buffers, signals,
+    C: gl.constexpr, tensors, bias, bias_grad, padding, dropout, buffers, signals,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr,
 ):
@@ -131,6 +140,7 @@ def consumer(
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+    keys = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, S))
     zero = gl.zeros([ROWS, BLOCK_K], gl.float32, S)
     tiles = 0
     turn = 0
@@ -151,6 +161,9 @@ def consumer(
         at = (batch * heads + head).to(gl.int64) * pitch
         lse_row = gl.load(lse2 + at + query, mask=query < q_len, other=0.0)
         delta_row = gl.load(delta + at + query, mask=query < q_len, other=0.0)
+        if dropout[0] is not None:
+            own_place = queries_at(dropout, block, BLOCK_Q) + C * ROWS
+            words = row_words(dropout, batch * heads + head, own_place, rows)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
         for entry in range(start, end):
             stage = tiles % STAGES
@@ -175,8 +188,16 @@ def consumer(
                 p = gl.exp2(s * scale2 - lse_row[:, None])
             # Over at once: ptxas cannot move the wait for dP above the exponentials.
             mbarrier.wait(v_full.index(stage), phase)
+            if dropout[0] is not None:
+                # Below 0 where the weight is dropped: nothing else need be held until dP is there. Above the
+                # barrier the hashes would be made, and held, before the exponentials.
+                place = read_place(dropout, stage)
+                p = gl.where(keeps(dropout, words[:, None], rows[:, None], place, keys[None, :]), p, -p)
             d = warpgroup_mma_wait(0, deps=[d_token])
             mbarrier.arrive(v_free.index(stage), count=1)
+            if dropout[0] is not None:
+                d = gl.where(p > 0.0, d * dropout[2], 0.0)
+                p = gl.maximum(p, -p)
             p = p * (d - delta_row[:, None])
             if tile_grad is not None:
                 into = tile_grad + batch.to(gl.int64) * stg_b + head.to(gl.int64) * stg_h
@@ -209,9 +230,9 @@ def consumer(
 @gluon.jit(do_not_specialize=COUNTS)
 def rows_kernel(
     q, grad_out, k, v, dq_out, lse2, delta, part_dq, tile_bias, edges, tile_grad, kept_notes, kept_words,
-    kept_k, kept_v, counter, items, others, mask_ids, masks, st_b, st_h, stg_b, stg_h, tile_grad_step,
-    item_count, first_count, reps, heads, layout_heads, group, q_len, q_blocks, k_blocks, pitch, works,
-    scale, scale2,
+    kept_k, kept_v, seed, q_tiles, k_tiles, skt_h, keep_scale, threshold, counter, items, others,
+    mask_ids, masks, st_b, st_h, stg_b, stg_h, tile_grad_step, item_count, first_count, reps, heads,
+    layout_heads, group, q_len, q_blocks, k_blocks, pitch, works, scale, scale2,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr,
     HEADS_SHARED: gl.constexpr,
@@ -246,22 +267,25 @@ def rows_kernel(
     padding = (kept_notes,)
     if kept_notes is not None:
         padding = (kept_notes, kept_words, kept_k, kept_v, k_blocks, room_for_notes(STAGES))
+    dropout = (seed,)
+    if seed is not None:
+        dropout = (seed, threshold, keep_scale, q_tiles, k_tiles, skt_h, room_for_notes(STAGES))
     stores = (dq_out, lse2, delta, part_dq, mask_ids, masks, heads, reps, q_len, pitch, scale, scale2)
     # fmt: off
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (consumer, (gl.constexpr(0), stores, bias, bias_grad, padding, buffers, signals,
+            (consumer, (gl.constexpr(0), stores, bias, bias_grad, padding, dropout, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
-            (consumer, (gl.constexpr(1), stores, bias, bias_grad, padding, buffers, signals,
+            (consumer, (gl.constexpr(1), stores, bias, bias_grad, padding, dropout, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
-            (producer, (loads, walk, bias, padding, buffers, signals,
+            (producer, (loads, walk, bias, padding, dropout, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
-            (consumer, (gl.constexpr(0), stores, bias, bias_grad, padding, buffers, signals,
+            (consumer, (gl.constexpr(0), stores, bias, bias_grad, padding, dropout, buffers, signals,
                         D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
-            (producer, (loads, walk, bias, padding, buffers, signals,
+            (producer, (loads, walk, bias, padding, dropout, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [1], [PRODUCER_REGISTERS])
     # fmt: on

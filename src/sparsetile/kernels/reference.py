@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsetile.kernels.dropout import keep_mask, positions
+from sparsetile.kernels.dropout import keep_mask, keep_scale, positions
 from sparsetile.kernels.request import Gradients, Request
 from sparsetile.layout.blocks import BlockLayout
 
@@ -101,7 +101,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, request: Request) -> _Attention:
                 heads // request.k_tiles.shape[0], 0
             )[:, None]
         kept = keep_mask(request.seed, request.dropout_p, stream, query[:, None], key)
-        factor = kept.double() / (1 - request.dropout_p)
+        factor = kept.double() * keep_scale(request.dropout_p)
     out = (weights if factor is None else weights * factor) @ v
     return _Attention(q, k, v, allowed, weights, factor, out, lse, dense.edge)
 

@@ -48,6 +48,7 @@ def attend(
     check: tl.constexpr = MASKED or padding is not None
     scaled: tl.constexpr = bias_rows is not None  # scores are in base 2 before the softmax, not in it
     may_be_empty: tl.constexpr = check or scaled or tile_bias is not None
+    queries = tl.arange(0, acc.shape[0])
     keys = tl.arange(0, N)
     dims = tl.arange(0, BLOCK_D)
     for step in range(first * steps, last * steps):
@@ -107,7 +108,8 @@ def attend(
         shrink = tl.exp2(peak - origin)
         total = total * shrink + tl.sum(p, 1)
         if DROPOUT:
-            p = tl.where(dropout_keep(hashes[:, None], (drawn + keys)[None, :], threshold), p, 0.0)
+            keep = dropout_keep(hashes[:, None], drawn, queries[:, None], keys[None, :], threshold)
+            p = tl.where(keep, p, 0.0)
         v_tile = load_tile(v + key0.to(tl.int64) * sv_n, keys, sv_n, dims, key_ok, D, BLOCK_D, check)
         acc = product(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], PRECISION)
         peak = new_peak
@@ -168,7 +170,7 @@ def forward_kernel(
     hashes = 0
     if seed is not None:
         drawn = drawn_from(q_tiles, block, BLOCK_Q) + first_query
-        hashes = dropout_row(dropout_stream(seed, batch * heads + head), drawn + queries)
+        hashes = dropout_row(dropout_stream(seed, batch * heads + head), drawn, queries)
     if k_tiles is not None:
         k_tiles += kv_head * skt_h
 

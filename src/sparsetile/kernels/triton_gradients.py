@@ -93,8 +93,8 @@ def collect_columns(
         dp = product(v_tile, tl.trans(grad_tile), None, PRECISION)
         kept = p
         if DROPOUT:
-            row = dropout_row(stream, drawn + queries)
-            keep = dropout_keep(row[None, :], drawn_key[:, None], threshold)
+            row = dropout_row(stream, drawn, queries)
+            keep = dropout_keep(row[None, :], drawn_key, queries[None, :], keys[:, None], threshold)
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         dv = product(kept.to(grad_tile.dtype), grad_tile, dv, PRECISION)
@@ -133,9 +133,9 @@ def columns_body(
     if padding is not None:
         padding += batch * sp_b + kv_head * sp_h
         keys_allowed = tl.load(padding + key0 + keys, mask=keys_ok, other=1) == 0
-    drawn_key = key0 + keys
+    drawn_key = key0
     if k_tiles is not None:
-        drawn_key = drawn_from(k_tiles + kv_head * skt_h, block, BLOCK_K) + key_in_tile + keys
+        drawn_key = drawn_from(k_tiles + kv_head * skt_h, block, BLOCK_K) + key_in_tile
     k_at = k + batch * sk_b + kv_head * sk_h + key0 * sk_n
     v_at = v + batch * sv_b + kv_head * sv_h + key0 * sv_n
     k_tile = load_tile(k_at, keys, sk_n, dims, keys_allowed, D, BLOCK_D, True)
@@ -213,6 +213,7 @@ def collect_rows(
     """
     steps: tl.constexpr = BLOCK_K // N
     check: tl.constexpr = MASKED or padding is not None
+    queries = tl.arange(0, dq.shape[0])
     keys = tl.arange(0, N)
     dims = tl.arange(0, BLOCK_D)
     if tile_grad is not None:
@@ -255,7 +256,7 @@ def collect_rows(
             p = tl.where(key_ok[None, :], p, 0.0)
         dp = product(grad_tile, tl.trans(v_tile), None, PRECISION)
         if DROPOUT:
-            keep = dropout_keep(hashes[:, None], (drawn + keys)[None, :], threshold)
+            keep = dropout_keep(hashes[:, None], drawn, queries[:, None], keys[None, :], threshold)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - row_delta[:, None])
         if tile_grad is not None:
@@ -326,7 +327,7 @@ def rows_body(
     hashes = 0
     if seed is not None:
         drawn = drawn_from(q_tiles, block, BLOCK_Q) + first_query
-        hashes = dropout_row(dropout_stream(seed, batch * heads + head), drawn + queries)
+        hashes = dropout_row(dropout_stream(seed, batch * heads + head), drawn, queries)
     if k_tiles is not None:
         k_tiles += kv_head * skt_h
 

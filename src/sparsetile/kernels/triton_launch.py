@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsetile.kernels import triton_backward, triton_forward
-from sparsetile.kernels.dropout import threshold
+from sparsetile.kernels.dropout import keep_scale, threshold
 from sparsetile.kernels.request import Request
 from sparsetile.kernels.triton_config import (
     ITEM_TOKENS,
@@ -94,8 +94,9 @@ def _unit_stride(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def _bits(dropout_p: float) -> int:
-    value = threshold(dropout_p)
+def threshold_bits(dropout_p: float) -> int:
+    """The threshold of 16 bits above another 16, as an int32."""
+    value = threshold(dropout_p) << 16
     return value - 2**32 if value >= 2**31 else value
 
 
@@ -149,8 +150,8 @@ def _common(
         "group": q.shape[1] // k.shape[1],
         "q_len": layout.q_len,
         "k_len": layout.k_len,
-        "keep_scale": 1.0 / (1.0 - request.dropout_p),
-        "threshold": _bits(request.dropout_p),
+        "keep_scale": keep_scale(request.dropout_p),
+        "threshold": threshold_bits(request.dropout_p),
         "D": dim,
         "BLOCK_D": padded_dim(dim),
         "BLOCK_Q": layout.block_q,
@@ -177,7 +178,7 @@ def _walked(plan: Schedule, request: Request, side: str = "") -> dict[str, Any]:
 def _work(request: Request) -> Work:
     """What the layout and the features make of a call; that its rows are short matters to backward alone."""
     layout = request.layout
-    if request.dropout_p > 0 or not (request.key_padding_mask is request.attn_bias is None):
+    if not (request.key_padding_mask is request.attn_bias is None):
         return "featured"
     return "partial" if layout.masks.shape[0] else "whole"
 

@@ -8,8 +8,10 @@ arguments; the next one only puts its own pointers in.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,6 +104,41 @@ def _taken_apart(compiled: Any) -> tuple[Any, list[Any]] | None:
     return other, list(inside["tensordesc_meta"].cell_contents)
 
 
+class Counters:
+    """Zeros of int32 on one device, each for one call on the default stream: thousands share the kernel that
+    sets them.
+
+    On that stream alone, for it never ends, and is never captured into a graph, which would come back to a
+    counter that it has used.
+    """
+
+    COUNT = 4096
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.lock = device, threading.Lock()
+        self.rest: Iterator[int] = iter(())
+        # The block before, too: another thread may have its last counter and not have started its kernel.
+        self.blocks: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def take(self) -> int:
+        """The pointer of a zero that no other call gets."""
+        pointer = next(self.rest, None)
+        if pointer is None:
+            with self.lock:
+                pointer = next(self.rest, None)
+                if pointer is None:
+                    block = torch.zeros(self.COUNT, dtype=torch.int32, device=self.device)
+                    self.blocks = (self.blocks[1], block)
+                    first = block.data_ptr()
+                    rest = iter(range(first, first + block.nbytes, block.element_size()))
+                    pointer = next(rest)
+                    self.rest = rest
+        return pointer
+
+
+counters_of = lru_cache(maxsize=None)(Counters)
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
     """One compiled kernel on its grid, its arguments in order, and which of them every call brings anew:
@@ -138,11 +175,13 @@ class Recording:
             buffer = torch.empty(self.scratch, dtype=torch.uint8, device=device)
             first = buffer.data_ptr()
             pointers = pointers + [first + offset for offset in self.offsets]
-        if self.counted:
-            counter = torch.zeros(1, dtype=torch.int32, device=device)
-            pointers = [*pointers, counter.data_ptr()]
         # Asked once, and straight: Triton asks at every start, for the current device too.
         stream = current_stream(device)
+        if self.counted and stream == 0:
+            pointers = [*pointers, counters_of(device).take()]
+        elif self.counted:
+            counter = torch.zeros(1, dtype=torch.int32, device=device)
+            pointers = [*pointers, counter.data_ptr()]
         for step in self.steps:
             arguments = step.arguments.copy()
             for place, source in step.places:

@@ -30,9 +30,9 @@ WORK: dict[Kernel, tuple[Work, ...]] = {
     "forward": ("whole", "partial", "featured"),
     "backward": ("whole", "partial", "featured", "short whole", "short partial"),
 }
-"""Layouts of whole tiles, layouts with partial tiles, a dense bias or padding or dropout; "short" for hardly
-more than a tile a row, where more programs on a multiprocessor hide what each loads once, before its loop. A
-tile bias, one scalar a step, makes no other kind of work."""
+"""Layouts of whole tiles, layouts with partial tiles, a dense bias or padding; "short" for hardly more than a
+tile a row, where more programs on a multiprocessor hide what each loads once, before its loop. Neither a tile
+bias, one scalar a step, nor dropout makes another kind of work."""
 
 SHARED_BYTES: dict[Family, int] = {
     "hopper": 227 * 1024,

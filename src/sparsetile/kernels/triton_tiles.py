@@ -214,13 +214,31 @@ def dropout_stream(seed, batch_head):
 
 
 @triton.jit
-def dropout_row(stream, query):
-    """One uint32 a query, from which every key's bits are drawn."""
-    return mix(stream + query.to(tl.uint32))
+def dropout_cell(drawn, places):
+    """c of ``kernels/dropout.py`` at ``places`` after ``drawn``, a multiple of 16. Apart, so that the
+    compiler sees which of a thread's places share a cell, and computes its words once."""
+    return (drawn.to(tl.uint32) >> 1) + ((places >> 4 << 3) | (places & 7)).to(tl.uint32)
 
 
 @triton.jit
-def dropout_keep(row, key, threshold):
-    """Whether the weight stays; ``row`` and ``key`` broadcast, threshold is uint32 bits in an int32."""
+def fold(x, FACTOR: tl.constexpr):
+    """Upper half of the 64-bit product xor the lower one."""
+    product = x.to(tl.uint64) * FACTOR
+    return (product >> 32).to(tl.uint32) ^ product.to(tl.uint32)
+
+
+@triton.jit
+def dropout_row(stream, drawn, queries):
+    """One uint32 a query, from which every key's bits are drawn."""
+    step = tl.full((), 0x85EBCA6B, tl.uint32)
+    return fold(stream ^ (dropout_cell(drawn, queries) * step), 0xC2B2AE35)
+
+
+@triton.jit
+def dropout_keep(row, drawn, queries, keys, threshold):
+    """Whether the weights stay: of ``row``, from ``dropout_row``, and the ``queries`` that it is for, with
+    ``keys`` after ``drawn``. All broadcast; threshold is of 32 bits, as an int32."""
     step = tl.full((), KEY_STEP, tl.uint32)
-    return mix(row ^ (key.to(tl.uint32) * step)) >= threshold.to(tl.uint32)
+    x = fold(fold(row ^ (dropout_cell(drawn, keys) * step), 0xD2511F53), 0xCD9E8D57)
+    word = tl.where((queries & 8) != 0, fold(x, 0xA0761D65), x)
+    return (word << (16 - 2 * (keys & 8)).to(tl.uint32)) >= threshold.to(tl.uint32)

@@ -12,7 +12,7 @@ Scores are compared as keys, int64, all different: the float's bits, made monoto
 import triton
 import triton.language as tl
 
-from sparsetile.kernels.triton_tiles import KEY_STEP, dropout_row, dropout_stream, mix
+from sparsetile.kernels.triton_tiles import KEY_STEP, dropout_stream, mix
 
 COUNTS = ["groups", "nq", "nk", "blocks", "offset", "width", "runs"]
 """Arguments that are not worth a compilation of their own."""
@@ -243,7 +243,7 @@ def topk_rows(
     rows = block * ROWS + tl.arange(0, ROWS)
     noise = rows.to(tl.uint32)
     if seed is not None:
-        noise = dropout_row(dropout_stream(seed, line), rows)
+        noise = mix(dropout_stream(seed, line) + rows.to(tl.uint32))
     row_at = tl.minimum(rows, nq - 1).to(tl.int64) * sa_n
     tiles = nk
     if SPAN > 1 and within is None:
