@@ -6,7 +6,8 @@ Each section runs in a process of its own, so that no memory, cap or failed kern
 
 ``linearity``  nanoseconds a tile from 131,072 to 8,388,608 tokens; ``spread`` is (most − least) ÷ least.
 ``blocks``     blocks of 128, 64 and 32 at one density, by tile-FLOP rate; ``ratio`` is to block 128.
-``ratios``     deterministic backward, tile biases and dropout, each against the call without.
+``ratios``     deterministic backward, tile biases, key padding and dropout, each against the call without.
+``host``       microseconds that a forward call takes the host, of its backend and of ``sparse_attention``.
 ``repeats``    1,000 calls on the same input: whether the bits stay, and how far a gradient strays.
 ``memory8``    the longest sequences in 8 GiB; inputs, outputs and gradients count.
 ``card``       the longest sequence on the whole GPU.
@@ -69,12 +70,12 @@ def served(
     *,
     backend: str = "auto",
     dropout_p: float = 0.0,
-    tile_bias: Tensor | None = None,
     deterministic: bool = False,
+    **features: Tensor,
 ) -> str:
     """The name of the backend that serves a call."""
     seed = torch.zeros(1, dtype=torch.int64, device=inputs[0].device) if dropout_p else None
-    request = Request(layout, 1.0, dropout_p, seed, tile_bias=tile_bias, lean=deterministic)
+    request = Request(layout, 1.0, dropout_p, seed, lean=deterministic, **features)
     module: Any = choose(backend, *inputs[:3], request)
     return str(module.__name__).rpartition(".")[2].removesuffix("_backend")
 
@@ -217,11 +218,13 @@ def ratios(
         for pattern, tiles in (budgets or {"random": 26, "local": 5, "global+local": 11}).items():
             layout = made(Case(pattern, length, 1, heads, head_dim, "bfloat16", block, tiles), device)
             bias = torch.randn(1, heads, layout.capacity, device=device)
+            padding = torch.arange(length, device=device)[None] >= 0.9 * length
             settings: dict[str, dict[str, Any]] = {
                 "normal": {},
                 "deterministic": {"deterministic": True},
                 "tile bias": {"tile_bias": bias},
                 "tile bias with gradient": {"tile_bias": bias.clone().requires_grad_()},
+                "padding": {"key_padding_mask": padding},
                 "dropout": {"dropout_p": 0.1},
                 "without dropout": {"backend": without},
             }
@@ -242,8 +245,47 @@ def ratios(
                 "deterministic_ratio": ratio("deterministic", "normal", "backward"),
                 "tile_bias_gradient_ratio": ratio(graded, "normal", "backward"),
                 "tile_bias_gradient_ratio_to_tile_bias": ratio(graded, "tile bias", "backward"),
+                "padding_forward_ratio": ratio("padding", "normal", "forward"),
+                "padding_backward_ratio": ratio("padding", "normal", "backward"),
                 "dropout_forward_ratio": ratio(*dropped, "forward"),
                 "dropout_backward_ratio": ratio(*dropped, "backward"),
+            }
+
+
+def host(
+    device: torch.device,
+    *,
+    length: int = 8_192,
+    heads: int = 64,
+    head_dims: Sequence[int] = (64, 128),
+    block: int = 128,
+    rounds: int = 21,
+) -> Iterator[Row]:
+    """Medians over ``rounds`` of ten calls that nobody waits for; local layouts of three tiles a row."""
+    for head_dim in head_dims:
+        q, k, v, _ = tensors((1, heads, length, head_dim), device)
+        layout = made(Case("local", length, 1, heads, head_dim, "bfloat16", block, 3), device)
+        request = Request(layout, head_dim**-0.5)
+        backend: Any = choose("auto", q, k, v, request)
+        calls: dict[str, Callable[[], object]] = {
+            "backend": partial(backend.forward, q, k, v, request),
+            "sparse_attention": partial(st.sparse_attention, q, k, v, layout),
+        }
+        for name, call in calls.items():
+            taken = []
+            with torch.no_grad():
+                for _ in range(rounds + 1):
+                    start = time.perf_counter()
+                    for _ in range(10):
+                        call()
+                    taken.append((time.perf_counter() - start) / 10 * 1e6)
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)
+            yield {
+                "head_dim": head_dim,
+                "call": name,
+                "served_by": served((q, k, v), layout),
+                "host_us": sorted(taken[1:])[rounds // 2],
             }
 
 
@@ -432,6 +474,7 @@ SECTIONS: dict[str, Callable[..., Iterator[Row]]] = {
     "linearity": linearity,
     "blocks": blocks,
     "ratios": ratios,
+    "host": host,
     "repeats": repeats,
     "memory8": memory8,
     "card": card,
@@ -441,6 +484,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "linearity": {"lengths": (128, 256), "head_dims": (16,), "heads": 1, "block": 16, "tiles": 2},
     "blocks": {**_FEW, "largest": 64, "budgets": {"random": 2, "local": 1}, "backends": ("auto", "cpu")},
     "ratios": {**_FEW, "block": 32, "budgets": {"random": 3, "global+local": 4}, "without": "cpu"},
+    "host": {**_FEW, "block": 32, "rounds": 3},
     "repeats": {**_FEW, "block": 32, "most": 6, "calls": 3},
 }
 """Sizes of ``--device cpu``; the other sections need a GPU."""

@@ -284,6 +284,7 @@ GL = SimpleNamespace(
     maximum=of_two(torch.maximum, max),
     minimum=of_two(torch.minimum, min),
     exp2=torch.exp2,
+    abs=torch.abs,
     log2=torch.log2,
     sum=lambda x, axis: x.sum(axis, dtype=x.dtype),
     max=lambda x, axis: x.amax(axis),

@@ -92,6 +92,14 @@ def test_ratios_divide_the_times_they_name() -> None:
         for i, x in enumerate(("forward", "backward")):
             expected = ms["dropout"][i] / ms["without dropout"][i]
             assert ratio[f"dropout_{x}_ratio"] == pytest.approx(expected)
+            padded = ms["padding"][i] / ms["normal"][i]
+            assert ratio[f"padding_{x}_ratio"] == pytest.approx(padded)
+
+
+def test_the_host_s_time_of_both_calls() -> None:
+    rows = rows_of("host")
+    assert [(row["head_dim"], row["call"]) for row in rows] == [(16, "backend"), (16, "sparse_attention")]
+    assert all(row["served_by"] == "cpu" and row["host_us"] > 0 for row in rows)
 
 
 def test_repeats_of_the_cpu_are_the_same_bits() -> None:

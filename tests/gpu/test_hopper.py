@@ -50,7 +50,7 @@ def test_auto_chooses_it() -> None:
     assert torch.equal(got, st.sparse_attention(x, x, x, st.Local(100), backend="hopper"))
     with pytest.raises(BackendError, match="no dense bias"):
         st.sparse_attention(
-            x, x, x, st.Local(100), attn_bias=torch.zeros(512, 512, device="cuda"), backend="hopper"
+            x, x, x, st.Local(100), attn_bias=torch.zeros(1, 1, 512, 512, device="cuda"), backend="hopper"
         )
 
 

@@ -281,7 +281,7 @@ def consumer(
             delta_row = delta_s.index(stage).reshape([M]).load(gl.SliceLayout(0, S))
             if dropout[0] is not None:
                 d = gl.where(p > 0.0, d * dropout[2], 0.0)
-                p = gl.maximum(p, -p)
+                p = gl.abs(p)
             ds = gl.convert_layout((p * (d - delta_row[None, :])).to(kind), P)
             dk_token = warpgroup_mma(ds, q_s.index(stage).reshape([M, BLOCK_D]), dk, is_async=True)
             steps += 1

@@ -43,9 +43,9 @@ def fold(x, FACTOR: gl.constexpr):
 
 
 @gluon.jit
-def cells(place, along):
-    """c of positions ``along`` after ``place``, a multiple of 16."""
-    return word((word(place) >> 1) + word((along >> 4 << 3) | (along & 7)))
+def own_cells(along):
+    """c of positions ``along``."""
+    return word((along >> 4 << 3) | (along & 7))
 
 
 @gluon.jit
@@ -98,12 +98,22 @@ def row_words(dropout, batch_head, place, queries):
     """One word a query, from which every key's bits are drawn; ``batch_head`` is b·H + h."""
     seed = gl.load(dropout[0])
     stream = mix(word(seed) ^ mix(word(word(seed >> 32) + word(batch_head))))
-    return fold(stream ^ word(cells(place, queries) * QUERY_STEP), 0xC2B2AE35)
+    cells = word(word(place) >> 1) + own_cells(queries)
+    return fold(stream ^ word(word(cells) * QUERY_STEP), 0xC2B2AE35)
 
 
 @gluon.jit
 def keeps(dropout, rows, queries, place, keys):
     """Which weights stay: of queries with words ``rows`` and ``keys`` after ``place``; all broadcast."""
-    x = fold(fold(rows ^ word(cells(place, keys) * KEY_STEP), 0xD2511F53), 0xCD9E8D57)
+    # The step times each summand: of that of a thread's own places all but the first is a constant.
+    key_words = word(word(word(place) >> 1) * KEY_STEP) + word(own_cells(keys) * KEY_STEP)
+    x = fold(fold(rows ^ word(key_words), 0xD2511F53), 0xCD9E8D57)
     x = gl.where((queries & 8) != 0, fold(x, 0xA0761D65), x)
     return word(x << word(16 - 2 * (keys & 8))) >= word(dropout[1])
+
+
+@gluon.jit
+def factors(dropout, rows, queries, place, keys):
+    """1 for weights that stay, 0 for the others. A select of the weights themselves would be done in 16 bits,
+    of which two share a register that has to be taken apart."""
+    return gl.where(keeps(dropout, rows, queries, place, keys), 1.0, 0.0)

@@ -219,7 +219,7 @@ def consumer(
             delta_row = delta_s.index(stage).reshape([M]).load(gl.SliceLayout(0, S))
             if dropout[0] is not None:
                 d = gl.where(p > 0.0, d * dropout[2], 0.0)
-                p = gl.maximum(p, -p)
+                p = gl.abs(p)
             p = p * (d - delta_row[None, :])
             if padding[0] is not None:
                 p = gl.where(hidden[:, None], 0.0, p)

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sparsetile.kernels.hopper_dropout import (
-    keeps,
+    factors,
     keys_at,
     put_place,
     queries_at,
@@ -205,7 +205,7 @@ def consumer(
         if dropout[0] is not None:
             own_place = queries_at(dropout, field(line, 2), BLOCK_Q) + C * ROWS
             words = row_words(dropout, field(line, 0) * heads + field(line, 1), own_place, rows)
-            p = gl.where(keeps(dropout, words[:, None], rows[:, None], place, keys[None, :]), p, 0.0)
+            p = p * factors(dropout, words[:, None], rows[:, None], place, keys[None, :])
         p = gl.convert_layout(p.to(kind), P)
         for entry in range(start + 1, end):
             before = tiles % STAGES
@@ -228,8 +228,7 @@ def consumer(
             s = heeded(s, padding, note, BLOCK_K, S)
             new_p, shrink, peak, total = soften(s, peak, total, scale, shift, MAYBE_EMPTY, BIASED)
             if dropout[0] is not None:
-                kept = keeps(dropout, words[:, None], rows[:, None], place, keys[None, :])
-                new_p = gl.where(kept, new_p, 0.0)
+                new_p = new_p * factors(dropout, words[:, None], rows[:, None], place, keys[None, :])
             # Over at once: a new basic block, above which ptxas cannot move the wait for acc.
             mbarrier.wait(v_full.index(before), before_phase)
             acc, p = warpgroup_mma_wait(0, deps=[acc_token, p])

@@ -197,7 +197,7 @@ def consumer(
             mbarrier.arrive(v_free.index(stage), count=1)
             if dropout[0] is not None:
                 d = gl.where(p > 0.0, d * dropout[2], 0.0)
-                p = gl.maximum(p, -p)
+                p = gl.abs(p)
             p = p * (d - delta_row[:, None])
             if tile_grad is not None:
                 into = tile_grad + batch.to(gl.int64) * stg_b + head.to(gl.int64) * stg_h
