@@ -26,6 +26,7 @@ from sparsetile.kernels import (
     hopper_rows,
     hopper_tiles,
     triton_backend,
+    triton_launch,
     triton_replay,
 )
 from sparsetile.kernels.triton_config import Target, override
@@ -243,6 +244,17 @@ def test_dropout(block: int, head_dim: int, features: set[str], chunk: int) -> N
     assert case.dropout_p > 0 and case.dropout_seed is not None
     with override(chunk=chunk):
         check(hopper_backend, case)
+
+
+@pytest.mark.parametrize(("block", "head_dim"), [(128, 64), (64, 128)])
+def test_dropout_in_programs_of_a_group_s_heads(
+    block: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where few multiprocessors leave a column of all its query heads to one program."""
+    monkeypatch.setattr(hopper_backend, "target_of", lambda device: Target("hopper", 1))
+    case = case_of(block, head_dim, {"dropout", "gqa"}, batch=2, heads=4, dtype=torch.float16)
+    assert triton_launch.heads_a_program(case.k, case.q, case.layout, Target("hopper", 1)) == 2
+    check(hopper_backend, case)
 
 
 def test_key_padding_in_whole_tiles_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:

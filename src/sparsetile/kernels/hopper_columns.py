@@ -270,7 +270,7 @@ def consumer(
             if dropout[0] is not None:
                 q_line = line_head
                 if MEMBERS > 1:
-                    q_line += i // span
+                    q_line = line_head + i // span
                 p = signed(p, dropout, q_line, read_place(dropout, stage), own_place, M, S)
                 p_kept = gl.maximum(p, 0.0)
             p_left = gl.convert_layout(p_kept.to(kind), P)

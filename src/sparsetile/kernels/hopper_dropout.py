@@ -63,7 +63,7 @@ def keys_at(dropout, kv_head, block, BLOCK: gl.constexpr):
     if dropout[0] is not None:
         tiles = dropout[4]
         if tiles is not None:
-            tiles += kv_head * dropout[5]
+            tiles = tiles + kv_head * dropout[5]
         place = place_of(tiles, block, BLOCK)
     return place
 
