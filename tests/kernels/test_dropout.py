@@ -8,7 +8,7 @@ import torch
 
 from oracle import random_case, run
 from sparsetile.kernels import cpu, reference
-from sparsetile.kernels.dropout import draw_seed, keep_mask, keep_scale, mix, threshold
+from sparsetile.kernels.dropout import draw_seed, keep_mask, keep_scale, keep_tiles, mix, threshold
 
 
 def masks(p, seed=None, heads=4, q_len=256, k_len=256):
@@ -84,6 +84,23 @@ def test_any_part_of_the_mask_is_the_mask():
     whole = masks(0.4, seed)
     part = keep_mask(seed, 0.4, torch.tensor(2), torch.arange(40, 90)[:, None], torch.arange(7, 200))
     assert torch.equal(part.double(), whole[2, 40:90, 7:200])
+
+
+def test_whole_tiles_are_parts_of_the_mask():
+    """Of any place and size, one each of two heads and three tiles of keys."""
+    seed, p, rows, keys = (
+        draw_seed(torch.device("cpu")),
+        0.3,
+        16 * random.randint(1, 5),
+        16 * random.randint(1, 5),
+    )
+    line, query, key = torch.tensor([[3], [9]]), torch.tensor([[32], [2**20]]), torch.tensor([[0, 48, 2**30]])
+    kept = keep_tiles(seed, p, line, query, key, (rows, keys))
+    at = (x[..., None, None] for x in (line, query, key))
+    whole = keep_mask(
+        seed, p, next(at), next(at) + torch.arange(rows)[:, None], next(at) + torch.arange(keys)
+    )
+    assert torch.equal(kept, whole) and kept.shape == (2, 3, rows, keys)
 
 
 def test_mix_is_a_bijection_on_32_bits():

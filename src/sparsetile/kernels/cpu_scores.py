@@ -9,11 +9,11 @@ from torch import Tensor
 
 from sparsetile.kernels.cpu_plan import Chunk, Heads, Step, tile_budget, unfold_heads
 from sparsetile.kernels.cpu_tiles import Tiles, forbidden
-from sparsetile.kernels.dropout import keep_mask
+from sparsetile.kernels.dropout import keep_tiles
 from sparsetile.kernels.request import Request
 
 LOG2_E = math.log2(math.e)
-_DROPOUT_ELEMENTS = 2**17
+_DROPOUT_ELEMENTS = 2**19
 
 
 class Workspace:
@@ -122,19 +122,23 @@ class Scores:
     def drop(self, chunk: Chunk, step: Step, weights: Tensor, factor: float) -> None:
         """Multiplies the weights that dropout keeps by ``factor`` and the others by 0.
 
-        In slices of query rows, because the mask is computed in 64-bit integers, several times the weights'
-        size.
+        In slices of query rows, because the mask is computed in 64-bit integers.
         """
-        assert self.request.seed is not None
-        ids, query = self._query_positions(chunk, self.request.q_tiles)
-        stream, key = ids // self.layout.q_blocks, self._key_positions(step, self.request.k_tiles)
-        tiled, block = self.tiled(weights, chunk, step), self.layout.block_q
-        rows = max(1, block * _DROPOUT_ELEMENTS // weights.numel())
-        for row in range(0, block, rows):
-            kept = keep_mask(
-                self.request.seed, self.request.dropout_p, stream, query[:, :, :, row : row + rows], key
+        request, layout = self.request, self.layout
+        assert request.seed is not None
+        ids = chunk.queries[..., None]
+        query = self._tile_starts(ids % layout.q_blocks, layout.block_q, request.q_tiles)
+        head = step.keys // self.k.blocks
+        key = self._tile_starts(step.keys % self.k.blocks, layout.block_k, request.k_tiles, head)[:, :, None]
+        tiled = self.tiled(weights, chunk, step).transpose(3, 4)
+        rows = max(16, layout.block_q * _DROPOUT_ELEMENTS // weights.numel() // 16 * 16)
+        for row in range(0, layout.block_q, rows):
+            here = tiled[..., row : row + rows, :]
+            shape = (here.shape[-2], here.shape[-1])
+            kept = keep_tiles(
+                request.seed, request.dropout_p, ids // layout.q_blocks, query + row, key, shape
             )
-            tiled[:, :, :, row : row + rows].mul_(kept.to(self.dtype).mul_(factor))
+            here.mul_(kept.to(self.dtype).mul_(factor))
 
     def bias_entries(self, chunk: Chunk, step: Step, bias: Tensor) -> Tensor:
         """Flat positions ``[copies, rows, stack, tiles]`` in ``bias`` ``[B|1, H|1, capacity]``."""
@@ -150,28 +154,28 @@ class Scores:
         Pairs past the ends are clamped onto the last token: they are forbidden by the layout, so what is
         read is replaced and what is added is 0.
         """
-        ids, query = self._query_positions(chunk)
+        ids = chunk.queries[..., None, None, None]
+        query = (
+            ids % self.layout.q_blocks * self.layout.block_q
+            + torch.arange(self.layout.block_q)[:, None, None]
+        )
         head = ids // self.layout.q_blocks
         step_b, step_h, step_q, step_k = (
             s if n > 1 else 0 for s, n in zip(dense.stride(), dense.shape, strict=True)
         )
         rows = head // self.heads * step_b + head % self.heads * step_h
         rows = rows + query.clamp(max=self.layout.q_len - 1) * step_q
-        return rows + self._key_positions(step).clamp(max=self.layout.k_len - 1) * step_k
+        key = (step.keys % self.k.blocks * self.layout.block_k)[:, :, None, None, :, None]
+        key = key + torch.arange(self.layout.block_k)
+        return rows + key.clamp(max=self.layout.k_len - 1) * step_k
 
-    def _query_positions(self, chunk: Chunk, tiles: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Ids of query tiles and positions; ``tiles``: those in the sequence that these tiles are of."""
-        ids = chunk.queries[..., None, None, None]
-        block, tile = self.layout.block_q, ids % self.layout.q_blocks
-        tile = tile if tiles is None else tiles[tile]
-        return ids, tile * block + torch.arange(block)[:, None, None]
-
-    def _key_positions(self, step: Step, tiles: Tensor | None = None) -> Tensor:
-        block, tile = self.layout.block_k, step.keys % self.k.blocks
+    @staticmethod
+    def _tile_starts(tile: Tensor, block: int, tiles: Tensor | None, head: Tensor | None = None) -> Tensor:
+        """Where tiles begin in the sequence; ``tiles`` ``[blocks]``, or ``[heads, blocks]`` with each one's
+        ``head`` modulo heads, has their numbers there."""
         if tiles is not None:
-            head = step.keys // self.k.blocks % tiles.shape[0]  # of the key heads, or always 0
-            tile = tiles[head, tile]
-        return (tile * block)[:, :, None, None, :, None] + torch.arange(block)
+            tile = tiles[tile] if head is None else tiles[head % tiles.shape[0], tile]
+        return tile * block
 
     def _dense_bias(self, chunk: Chunk, step: Step) -> Tensor:
         bias = self.request.attn_bias

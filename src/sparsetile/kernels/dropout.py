@@ -66,15 +66,44 @@ def _stream(seed: Tensor, batch_head: Tensor) -> Tensor:
 def fold(x: Tensor, factor: int) -> Tensor:
     """Upper half of the 64-bit product xor the lower one, on int64 tensors that hold uint32 values."""
     product = x * factor
-    return ((product >> 32) ^ product) & _MASK
+    return (product >> 32).bitwise_xor_(product).bitwise_and_(_MASK)
 
 
 def keep_mask(seed: Tensor, dropout_p: float, batch_head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Bool, in the broadcast shape of ``batch_head`` (b·H + h), ``query`` and ``key`` (all int64)."""
-    row = fold(_stream(seed, batch_head) ^ (_cell(query) * _QUERY_STEP & _MASK), _ROW)
-    x = fold(fold(row ^ (_cell(key) * KEY_STEP & _MASK), _FIRST), _SECOND)
+    x = _words(seed, batch_head, _cell(query), _cell(key))
     word = torch.where(query & 8 != 0, fold(x, _THIRD), x)
     return (word >> 2 * (key & 8)) & (_STEPS - 1) >= threshold(dropout_p)
+
+
+def keep_tiles(
+    seed: Tensor, dropout_p: float, batch_head: Tensor, query: Tensor, key: Tensor, shape: tuple[int, int]
+) -> Tensor:
+    """``keep_mask`` of whole tiles, at a quarter of its work: bool ``[…, rows, keys]``.
+
+    Args:
+        batch_head: int64 ``[…]``, b·H + h.
+        query, key: int64 ``[…]``: where a tile's queries and keys begin, multiples of 16.
+        shape: (rows, keys) of a tile, multiples of 16.
+    """
+    limit, groups = threshold(dropout_p), [n // 16 for n in shape]
+    q_cells, k_cells = (
+        (at >> 1)[..., None] + torch.arange(n // 2, device=at.device)
+        for at, n in zip((query, key), shape, strict=True)
+    )
+    x = _words(seed, batch_head[..., None, None], q_cells[..., None], k_cells[..., None, :])
+    kept = x.new_empty((*x.shape[:-2], groups[0], 2, 8, groups[1], 2, 8), dtype=torch.bool)
+    for odd, words in enumerate((x, fold(x, _THIRD))):
+        words = words.view(*x.shape[:-2], groups[0], 8, groups[1], 8)
+        torch.ge(words & (_STEPS - 1), limit, out=kept[..., odd, :, :, 0, :])
+        torch.ge(words >> 16, limit, out=kept[..., odd, :, :, 1, :])
+    return kept.view(*x.shape[:-2], *shape)
+
+
+def _words(seed: Tensor, batch_head: Tensor, q_cell: Tensor, k_cell: Tensor) -> Tensor:
+    """x, the first of the two words of four weights."""
+    row = fold(_stream(seed, batch_head) ^ (q_cell * _QUERY_STEP & _MASK), _ROW)
+    return fold(fold(row ^ (k_cell * KEY_STEP & _MASK), _FIRST), _SECOND)
 
 
 def _cell(place: Tensor) -> Tensor:
