@@ -109,8 +109,8 @@ def sparse_attention(
         is_causal: also forbid keys after the query (``pattern & Causal()``). With Nq ≠ Nk the last query
             stands at the last key. Not for a BlockLayout: build that from ``pattern & Causal()``.
         scale: factor on query·key; default ``1/√D``.
-        dropout_p: share of the softmax weights to drop, in [0, 1). The mask depends on a seed drawn from the
-            device's generator and on positions alone.
+        dropout_p: share of the softmax weights to drop, in [0, 1), in steps of 2⁻¹⁶. The mask depends on a
+            seed drawn from the device's generator and on positions alone.
         key_padding_mask: bool ``[B, Nk]``, True = ignore this key, as in ``nn.MultiheadAttention``.
         attn_bias: ``[B or 1, H or 1, Nq, Nk]``, added to the scaled logits; −inf forbids. Dense: N² memory is
             the caller's.
