@@ -83,7 +83,7 @@ def check(backend: object, case: Case) -> None:
             error, rival = (spread_error(x[name], exact, unit) for x in (got, dense))
             limit = max(RATIO * rival, FLOOR[case.q.dtype] / 2)
             if name == "tile_bias" and error > limit:
-                # A few sums in which nearly everything cancels: chance says which is nearer; so by eight cases.
+                # A few sums where nearly everything cancels: chance says which is nearer. So by eight cases.
                 pairs = [tile_bias_errors(backend, redrawn(case, turn), lean) for turn in range(8)]
                 error, rival = (math.sqrt(sum(x * x for x in each) / 8) for each in zip(*pairs, strict=True))
                 limit = max(RATIO * rival, FLOOR[case.q.dtype] / 2)
