@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,operator,assignment"
-"""Forward on Hopper: the tensor cores have other products while a tile's weights are computed.
+"""Forward on Hopper: the tensor cores have one consumer's products while another computes its weights.
 
-Per consumer: Q·Kᵀ of tile j + 1 is issued beside P·V of tile j; the first Q·Kᵀ of the next item beside the
-last P·V of this one, and before its epilogue. The softmax is online (Milakov and Gimelshein 2018,
-arXiv:1805.02867), as in FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608), algorithm 2.
+A consumer walks the keys of its item in steps: softmax of a step's scores, P·V, and Q·Kᵀ of the next step, be
+it of the next item. A step is a tile; or half of one where heads are narrow, for then the registers hold four
+consumers a multiprocessor, which fill each other's gaps better than one can its own. The softmax is online
+(Milakov and Gimelshein 2018, arXiv:1805.02867).
 """
 
 from triton.experimental import gluon
@@ -47,6 +48,9 @@ from sparsetile.kernels.hopper_tiles import (
 )
 from sparsetile.kernels.triton_tiles import COUNTS
 
+# Of items in shared memory: more than of their queries, for a line is read until its item is stored.
+LINES = gl.constexpr(8)
+
 
 # fmt: off
 @gluon.jit
@@ -77,7 +81,7 @@ def producer(
         if row >= 0:
             buffer = turn % QS
             mbarrier.wait(q_free.index(buffer), ((turn // QS) & 1) ^ 1)
-            tell(info_s.index(buffer), batch, head, block, start, full_end, end, slot, rep)
+            tell(info_s.index(turn % LINES), batch, head, block, start, full_end, end, slot, rep)
             full = q_full.index(buffer)
             mbarrier.expect(full, BLOCK_Q * BLOCK_D * 2)
             for c in gl.static_range(CONSUMERS):
@@ -103,39 +107,59 @@ def producer(
                 mbarrier.expect(v_full.index(stage), BLOCK_K * BLOCK_D * 2)
                 copy_keys(v, padding, 1, note, at, v_full.index(stage), v_s.index(stage))
                 tiles += 1
+            if start >= end:
+                # A product that only some items have makes ptxas wait for each of them: of an item without
+                # tiles the consumers multiply whatever lies there, and store nothing of it.
+                stage = tiles % STAGES
+                phase = ((tiles // STAGES) & 1) ^ 1
+                mbarrier.wait(k_free.index(stage), phase)
+                put_note(padding, stage, -1)
+                mbarrier.arrive(k_full.index(stage), count=1)
+                mbarrier.wait(v_free.index(stage), phase)
+                mbarrier.arrive(v_full.index(stage), count=1)
+                tiles += 1
             turn += 1
+    # The end is an item, too, whose first scores are computed.
     buffer = turn % QS
     mbarrier.wait(q_free.index(buffer), ((turn // QS) & 1) ^ 1)
-    tell_end(info_s.index(buffer))
+    tell_end(info_s.index(turn % LINES))
     mbarrier.arrive(q_full.index(buffer), count=1)
+    stage = tiles % STAGES
+    mbarrier.wait(k_free.index(stage), ((tiles // STAGES) & 1) ^ 1)
+    put_note(padding, stage, -1)
+    mbarrier.arrive(k_full.index(stage), count=1)
 
 
 # fmt: off
 @gluon.jit
-def masked(s, entry, full_end, end, mask_ids, masks, first_query,
+def masked(s, entry, full_end, end, mask_ids, masks, first_query, first_key,
            BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, S: gl.constexpr):
     # fmt: on
-    """Scores ``[ROWS, BLOCK_K]`` with −inf where a partial tile forbids the pair."""
+    """Scores ``[ROWS, …]`` of keys from ``first_key`` on, with −inf where a partial tile forbids the pair."""
     if (entry >= full_end) & (entry < end):
         queries = first_query + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-        keys = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, S))
+        keys = first_key + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, S))
         bits = allowed(masks, gl.load(mask_ids + entry), queries[:, None], keys[None, :], BLOCK_Q, BLOCK_K)
         s = gl.where(bits != 0, s, float("-inf"))
     return s
 
 
 @gluon.jit
-def soften(s, peak, total, scale, shift, MAYBE_EMPTY: gl.constexpr, BIASED: gl.constexpr):
-    """(weights, factor of what came before, peak, total) after one more tile of scores; in base 2."""
+def keys_of(k_s, stage, part, BLOCK_K: gl.constexpr, BLOCK_D: gl.constexpr, KEYS: gl.constexpr):
+    """Kᵀ ``[BLOCK_D, KEYS]`` of one step of a tile."""
+    return k_s.index(stage).reshape([BLOCK_K, BLOCK_D]).slice(part * KEYS, KEYS).permute((1, 0))
+
+
+@gluon.jit
+def soften(s, peak, total, scale, shift, BIASED: gl.constexpr):
+    """(weights, factor of what came before, peak, total) after one more step's scores; in base 2."""
     top = gl.max(s, 1) * scale
     if BIASED:
         shift = shift * LOG2E
         new_peak = gl.maximum(peak, top + shift)
     else:
         new_peak = gl.maximum(peak, top)
-    origin = new_peak
-    if MAYBE_EMPTY or BIASED:
-        origin = gl.where(new_peak == float("-inf"), 0.0, new_peak)
+    origin = gl.where(new_peak == float("-inf"), 0.0, new_peak)
     zero = origin
     if BIASED:
         # A scalar for all of the tile moves the rows' origins instead of its scores. Never below the largest
@@ -152,7 +176,7 @@ def soften(s, peak, total, scale, shift, MAYBE_EMPTY: gl.constexpr, BIASED: gl.c
 def consumer(
     C: gl.constexpr, tensors, bias, padding, dropout, buffers, signals,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr,
+    STAGES: gl.constexpr, QS: gl.constexpr, KEYS: gl.constexpr,
 ):
     # fmt: on
     out, lse, part_out, part_lse, mask_ids, masks, heads, reps, q_len, scale = tensors
@@ -160,102 +184,83 @@ def consumer(
     q_s, k_s, v_s, o_s, info_s, _, bias_s = buffers
     q_full, q_free, k_full, k_free, v_full, v_free = signals
     CONSUMERS: gl.constexpr = BLOCK_Q // ROWS
+    STEPS: gl.constexpr = BLOCK_K // KEYS
     BIASED: gl.constexpr = tile_bias is not None
-    MAYBE_EMPTY: gl.constexpr = PARTIAL or padding[0] is not None
     kind: gl.constexpr = q_s.dtype
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     tiles = 0
     turn = 0
     mbarrier.wait(q_full.index(0), 0)
-    line = told(info_s.index(0))
-    more = field(line, 0) >= 0
-    some = field(line, 3) < field(line, 5)
-    zero = gl.zeros([ROWS, BLOCK_K], gl.float32, S)
-    # An item without tiles, and the end, have products like all others, of whatever lies there: a product
-    # that some branches leave out makes ptxas wait for each of them.
-    mbarrier.wait(k_full.index(0), 0, pred=some)
+    more = field(told(info_s.index(0)), 0) >= 0
+    zero = gl.zeros([ROWS, KEYS], gl.float32, S)
+    mbarrier.wait(k_full.index(0), 0)
     first_q = q_s.index(C).reshape([ROWS, BLOCK_D])
-    first_k = k_s.index(0).reshape([BLOCK_K, BLOCK_D]).permute((1, 0))
-    s = warpgroup_mma(first_q, first_k, zero, use_acc=False)
-    shift = 0.0
-    if BIASED:
-        shift = noted(bias_s, 0)
-    note = read_note(padding, 0)
-    place = read_place(dropout, 0)
+    s = warpgroup_mma(first_q, keys_of(k_s, 0, 0, BLOCK_K, BLOCK_D, KEYS), zero, use_acc=False)
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
-    keys = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, S))
-    mbarrier.arrive(k_free.index(0), count=1, pred=some)
+    keys = gl.arange(0, KEYS, layout=gl.SliceLayout(0, S))
     while more:
-        buffer = turn % QS
-        line = told(info_s.index(buffer))
+        line = told(info_s.index(turn % LINES))
         start = field(line, 3)
         full_end = field(line, 4)
         end = field(line, 5)
-        some = start < end
-        q = q_s.index(buffer * CONSUMERS + C).reshape([ROWS, BLOCK_D])
-        if PARTIAL:
-            s = masked(s, start, full_end, end, mask_ids, masks, C * ROWS, BLOCK_Q, BLOCK_K, S)
-        s = heeded(s, padding, gl.where(some, note, -1), BLOCK_K, S)
+        last = gl.maximum(end, start + 1)
         acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O)
         peak = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
         total = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
-        p, shrink, peak, total = soften(s, peak, total, scale, shift, MAYBE_EMPTY, BIASED)
         if dropout[0] is not None:
             own_place = queries_at(dropout, field(line, 2), BLOCK_Q) + C * ROWS
             words = row_words(dropout, field(line, 0) * heads + field(line, 1), own_place, rows)
-            p = p * factors(dropout, words[:, None], rows[:, None], place, keys[None, :])
-        p = gl.convert_layout(p.to(kind), P)
-        for entry in range(start + 1, end):
-            before = tiles % STAGES
-            before_phase = (tiles // STAGES) & 1
-            tiles += 1
+        for entry in range(start, last):
             stage = tiles % STAGES
-            mbarrier.wait(k_full.index(stage), (tiles // STAGES) & 1)
-            k = k_s.index(stage).reshape([BLOCK_K, BLOCK_D]).permute((1, 0))
-            s_token = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(before), before_phase)
-            acc_token = warpgroup_mma(p, v_s.index(before).reshape([BLOCK_K, BLOCK_D]), acc, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s_token])
+            phase = (tiles // STAGES) & 1
+            shift = 0.0
             if BIASED:
                 shift = noted(bias_s, stage)
             note = read_note(padding, stage)
             place = read_place(dropout, stage)
-            mbarrier.arrive(k_free.index(stage), count=1)
-            if PARTIAL:
-                s = masked(s, entry, full_end, end, mask_ids, masks, C * ROWS, BLOCK_Q, BLOCK_K, S)
-            s = heeded(s, padding, note, BLOCK_K, S)
-            new_p, shrink, peak, total = soften(s, peak, total, scale, shift, MAYBE_EMPTY, BIASED)
-            if dropout[0] is not None:
-                new_p = new_p * factors(dropout, words[:, None], rows[:, None], place, keys[None, :])
-            # Over at once: a new basic block, above which ptxas cannot move the wait for acc.
-            mbarrier.wait(v_full.index(before), before_phase)
-            acc, p = warpgroup_mma_wait(0, deps=[acc_token, p])
-            mbarrier.arrive(v_free.index(before), count=1)
-            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
-            p = gl.convert_layout(new_p.to(kind), P)
-        stage = tiles % STAGES
-        mbarrier.wait(v_full.index(stage), (tiles // STAGES) & 1, pred=some)
-        acc_token = warpgroup_mma(p, v_s.index(stage).reshape([BLOCK_K, BLOCK_D]), acc, is_async=True)
-        tiles += some.to(gl.int32)
-        turn += 1
-        next_buffer = turn % QS
-        mbarrier.wait(q_full.index(next_buffer), (turn // QS) & 1)
-        next_line = told(info_s.index(next_buffer))
-        more = field(next_line, 0) >= 0
-        next_some = field(next_line, 3) < field(next_line, 5)
-        next_stage = tiles % STAGES
-        mbarrier.wait(k_full.index(next_stage), (tiles // STAGES) & 1, pred=next_some)
-        next_q = q_s.index(next_buffer * CONSUMERS + C).reshape([ROWS, BLOCK_D])
-        next_k = k_s.index(next_stage).reshape([BLOCK_K, BLOCK_D]).permute((1, 0))
-        s_token = warpgroup_mma(next_q, next_k, zero, use_acc=False, is_async=True)
+            if STEPS == 1:
+                mbarrier.arrive(k_free.index(stage), count=1)
+            for part in gl.static_range(STEPS):
+                key = part * KEYS
+                s = masked(s, entry, full_end, end, mask_ids, masks, C * ROWS, key, BLOCK_Q, BLOCK_K, S)
+                s = heeded(s, padding, note, key, BLOCK_K, S)
+                p, shrink, peak, total = soften(s, peak, total, scale, shift, BIASED)
+                if dropout[0] is not None:
+                    p = p * factors(dropout, words[:, None], rows[:, None], place, key + keys[None, :])
+                acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, O))[:, None]
+                p = gl.convert_layout(p.to(kind), P)
+                if part == 0:
+                    mbarrier.wait(v_full.index(stage), phase)
+                v = v_s.index(stage).reshape([BLOCK_K, BLOCK_D]).slice(key, KEYS)
+                acc_token = warpgroup_mma(p, v, acc, is_async=True)
+                if STEPS > 1:
+                    acc_token, p = warpgroup_mma_wait(0, deps=[acc_token, p])
+                if part + 1 < STEPS:
+                    q = q_s.index(turn % QS * CONSUMERS + C).reshape([ROWS, BLOCK_D])
+                    k = keys_of(k_s, stage, part + 1, BLOCK_K, BLOCK_D, KEYS)
+                    s_token = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+                    acc, s, p = warpgroup_mma_wait(0, deps=[acc_token, s_token, p])
+                else:
+                    if STEPS > 1:
+                        mbarrier.arrive(k_free.index(stage), count=1)
+                    tiles += 1
+                    next_turn = turn + (entry + 1 == last).to(gl.int32)
+                    next_stage = tiles % STAGES
+                    mbarrier.wait(q_full.index(next_turn % QS), (next_turn // QS) & 1)
+                    mbarrier.wait(k_full.index(next_stage), (tiles // STAGES) & 1)
+                    q = q_s.index(next_turn % QS * CONSUMERS + C).reshape([ROWS, BLOCK_D])
+                    k = keys_of(k_s, next_stage, 0, BLOCK_K, BLOCK_D, KEYS)
+                    s_token = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+                    acc, s, p = warpgroup_mma_wait(0, deps=[acc_token, s_token, p])
+                    mbarrier.arrive(v_free.index(stage), count=1)
+        mbarrier.arrive(q_free.index(turn % QS), count=1)
+        line = told(info_s.index(turn % LINES))
         batch = field(line, 0)
         head = field(line, 1)
         block = field(line, 2)
-        acc, p = warpgroup_mma_wait(1, deps=[acc_token, p])
-        mbarrier.arrive(v_free.index(stage), count=1, pred=some)
-        mbarrier.arrive(q_free.index(buffer), count=1)
+        some = field(line, 3) < field(line, 5)
         total = gl.where(some, total, 0.0)
         empty = total == 0.0
         divisor = gl.where(empty, 1.0, total)
@@ -281,13 +286,8 @@ def consumer(
             o_s.index(C).reshape([ROWS, BLOCK_D]).store(acc.to(kind))
             fence_async_shared()
             tma.async_copy_shared_to_global(out, [batch, head, block * BLOCK_Q + C * ROWS, 0], o_s.index(C))
-        # Before the loop turns: a product in flight there would make ptxas wait for each of them.
-        s = warpgroup_mma_wait(0, deps=[s_token])
-        if BIASED:
-            shift = noted(bias_s, next_stage)
-        note = read_note(padding, next_stage)
-        place = read_place(dropout, next_stage)
-        mbarrier.arrive(k_free.index(next_stage), count=1, pred=next_some)
+        turn += 1
+        more = field(told(info_s.index(turn % LINES)), 0) >= 0
     tma.store_wait(0)
 
 
@@ -298,7 +298,7 @@ def forward_kernel(
     q_tiles, k_tiles, skt_h, keep_scale, threshold, counter, items, others, mask_ids, masks, st_b, st_h,
     item_count, first_count, reps, heads, layout_heads, group, q_len, q_blocks, k_blocks, works, scale,
     D: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, QS: gl.constexpr, PARTIAL: gl.constexpr, BATCH_SHARED: gl.constexpr,
+    STAGES: gl.constexpr, QS: gl.constexpr, KEYS: gl.constexpr, BATCH_SHARED: gl.constexpr,
     HEADS_SHARED: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -315,7 +315,7 @@ def forward_kernel(
         gl.allocate_shared_memory(kind, [STAGES, 1, 1, BLOCK_K, BLOCK_D], k.layout),
         gl.allocate_shared_memory(kind, [STAGES, 1, 1, BLOCK_K, BLOCK_D], v.layout),
         gl.allocate_shared_memory(kind, [CONSUMERS, 1, 1, ROWS, BLOCK_D], out.layout),
-        gl.allocate_shared_memory(gl.int32, [QS, 8], flat),
+        gl.allocate_shared_memory(gl.int32, [LINES, 8], flat),
         gl.allocate_shared_memory(gl.int32, [STAGES, 1], flat),
         gl.allocate_shared_memory(gl.float32, [STAGES, 1], flat),
     )
@@ -339,16 +339,16 @@ def forward_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (consumer, (gl.constexpr(0), stores, bias, padding, dropout, buffers, signals,
-                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, KEYS)),
             (consumer, (gl.constexpr(1), stores, bias, padding, dropout, buffers, signals,
-                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, KEYS)),
             (producer, (loads, walk, bias, padding, dropout, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
             (consumer, (gl.constexpr(0), stores, bias, padding, dropout, buffers, signals,
-                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, PARTIAL)),
+                        D, BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, KEYS)),
             (producer, (loads, walk, bias, padding, dropout, buffers, signals,
                         BLOCK_D, BLOCK_Q, BLOCK_K, STAGES, QS, BATCH_SHARED, HEADS_SHARED)),
         ], [1], [PRODUCER_REGISTERS])

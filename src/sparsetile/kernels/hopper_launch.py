@@ -51,6 +51,15 @@ class Depth(NamedTuple):
     items: int = 1
 
 
+class Shares(NamedTuple):
+    """Of the forward: how many tiles lie in shared memory at a time, how many keys a step has, and how many
+    programs share a multiprocessor."""
+
+    stages: int
+    keys: int
+    programs: int
+
+
 class Steps(NamedTuple):
     """How many steps of the columns lie in shared memory at a time, and how many queries a step has."""
 
@@ -60,7 +69,12 @@ class Steps(NamedTuple):
 
 # By block and width; what fits. Two programs of blocks of 64 share a multiprocessor; of wide heads they
 # have registers for 32 queries.
-FORWARD = {(128, 64): Depth(4, 2), (128, 128): Depth(2, 2), (64, 64): Depth(3, 2), (64, 128): Depth(2, 2)}
+FORWARD = {
+    (128, 64): Shares(2, 64, 2),
+    (128, 128): Shares(2, 128, 1),
+    (64, 64): Shares(2, 64, 3),
+    (64, 128): Shares(2, 64, 2),
+}
 BACKWARD_ROWS = {(128, 64): Depth(4, 2), (128, 128): Depth(2), (64, 64): Depth(3), (64, 128): Depth(2)}
 BACKWARD_COLUMNS = {(128, 64): Steps(4), (128, 128): Steps(3), (64, 64): Steps(4), (64, 128): Steps(2, 32)}
 BACKWARD_FIVE = {64: Steps(2, 128), 128: Steps(2)}  # columns and dQ in one kernel; blocks of 128
@@ -68,7 +82,9 @@ _SCALED_ENTRIES = 4096  # of dQ's sum that a program scales
 MOST_QUERIES = 2**24  # of five products: past them the kernel puts what is nobody's dQ
 LONG_ROW = 8  # tiles a row, on average, from which on five products are faster
 
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24
+# A consumer's, and those at the launch: by a program's consumers, and the programs on a multiprocessor.
+REGISTERS = {(2, 1): (240, 168), (2, 2): (104, 80), (1, 2): (240, 128), (1, 3): (136, 80)}
+PRODUCER_REGISTERS = 24
 
 
 def width_of(dim: int) -> int:
@@ -185,23 +201,26 @@ def _walked(plan: Schedule, owners: Owners, request: Request, q: Tensor, k: Tens
         "BLOCK_D": width_of(q.shape[3]),
         "BLOCK_Q": layout.block_q,
         "BLOCK_K": layout.block_k,
-        "PARTIAL": layout.masks.shape[0] > 0,
         "BATCH_SHARED": owners.batch_shared,
         "HEADS_SHARED": owners.heads_shared,
-        "REGISTERS": CONSUMER_REGISTERS,
         "PRODUCER_REGISTERS": PRODUCER_REGISTERS,
     }
 
 
 def _launch(
-    kernel: Any, arguments: dict[str, Any], layout: BlockLayout, target: Target, names: dict[str, str]
+    kernel: Any,
+    arguments: dict[str, Any],
+    layout: BlockLayout,
+    target: Target,
+    names: dict[str, str],
+    sharing: int | None = None,
 ) -> Launch:
-    # Two consumers a multiprocessor either way: of one program, or of two.
+    """``sharing``: programs a multiprocessor; as many as have two consumers, unless told otherwise."""
     consumers = layout.block_q // ROWS
-    programs = min(target.processors * 2 // consumers, arguments["works"])
-    return Launch(
-        kernel, programs, arguments, {"num_warps": 4, "maxnreg": 168 if consumers == 2 else 128}, names
-    )
+    sharing = sharing or 2 // consumers
+    programs = min(target.processors * sharing, arguments["works"])
+    arguments["REGISTERS"], most = REGISTERS[consumers, sharing]
+    return Launch(kernel, programs, arguments, {"num_warps": 4, "maxnreg": most}, names)
 
 
 def forward_launches(
@@ -211,7 +230,7 @@ def forward_launches(
     layout = request.layout
     owners = Owners.of(layout, q.shape[0], q.shape[1])
     plan = scheduled(layout, "rows", owners, target)
-    depth = FORWARD[layout.block_q, width_of(q.shape[3])]
+    stages, keys, programs = FORWARD[layout.block_q, width_of(q.shape[3])]
     kept, begin = _kept(k, v, request)
     part_out = parts_of(plan, owners, layout, q)
     part_lse = None if part_out is None else part_out.new_empty(len(part_out))
@@ -231,10 +250,11 @@ def forward_launches(
         "q_len": layout.q_len,
         "q_blocks": layout.q_blocks,
         "scale": request.scale * LOG2E,
-        "STAGES": depth.stages,
-        "QS": depth.items,
+        "STAGES": stages,
+        "QS": 2,
+        "KEYS": keys,
     }
-    launches = [*begin, _launch(hopper_forward.forward_kernel, arguments, layout, target, {})]
+    launches = [*begin, _launch(hopper_forward.forward_kernel, arguments, layout, target, {}, programs)]
     if part_out is not None and part_lse is not None:
         launches.append(combine_launch(part_out, part_lse, out, lse, plan, owners, layout))
     return launches
@@ -269,6 +289,7 @@ def backward_launches(
     the sums."""
     layout, heads, width = request.layout, q.shape[1], width_of(q.shape[3])
     block, five = layout.block_q, _five(request, width)
+    partial = layout.masks.shape[0] > 0
     kept, begin = _kept(k, v, request)
     out_heads = heads // heads_a_program(k, q, layout, target)
     names, column_dk, column_dv = {}, dk, dv
@@ -317,6 +338,7 @@ def backward_launches(
         "heads": out_heads,
         "k_len": layout.k_len,
         **scales,
+        "PARTIAL": partial,
         "M": step,
         "STAGES": stages,
         "MEMBERS": heads // out_heads,
@@ -363,6 +385,7 @@ def backward_launches(
         "q_blocks": layout.q_blocks,
         "pitch": pitch,
         **scales,
+        "PARTIAL": partial,
         "STAGES": depth.stages,
         "QS": depth.items,
     }

@@ -180,8 +180,8 @@ def consumer(
             d_token = warpgroup_mma(g, v.permute((1, 0)), zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s_token])
             if PARTIAL:
-                s = masked(s, entry, full_end, end, mask_ids, masks, C * ROWS, BLOCK_Q, BLOCK_K, S)
-            s = heeded(s, padding, read_note(padding, stage), BLOCK_K, S)
+                s = masked(s, entry, full_end, end, mask_ids, masks, C * ROWS, 0, BLOCK_Q, BLOCK_K, S)
+            s = heeded(s, padding, read_note(padding, stage), 0, BLOCK_K, S)
             if tile_bias is not None:
                 p = gl.exp2(s * scale2 - (lse_row - noted(bias_s, stage) * LOG2E)[:, None])
             else:

@@ -150,11 +150,11 @@ def copy_keys(x, padding, which: gl.constexpr, note, at, full, into):
 
 
 @gluon.jit
-def heeded(s, padding, note, BLOCK_K: gl.constexpr, S: gl.constexpr):
+def heeded(s, padding, note, first_key, BLOCK_K: gl.constexpr, S: gl.constexpr):
     """Scores ``[ROWS, BLOCK_K]`` with −inf where a key is to be ignored."""
     if padding[0] is not None:
         if note >= 0:
-            keys = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, S))[None, :]
+            keys = first_key + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, S))[None, :]
             words = padding[1] + note * (BLOCK_K // 32) + keys // 32
             s = gl.where(((gl.load(words) >> (keys % 32)) & 1) != 0, s, float("-inf"))
     return s
