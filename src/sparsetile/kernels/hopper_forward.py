@@ -233,7 +233,7 @@ def consumer(
                 p = gl.convert_layout(p.to(kind), P)
                 if part == 0:
                     mbarrier.wait(v_full.index(stage), phase)
-                v = v_s.index(stage).reshape([BLOCK_K, BLOCK_D]).slice(key, KEYS)
+                v = v_s.index(stage).reshape([BLOCK_K, BLOCK_D]).slice(part * KEYS, KEYS)
                 acc_token = warpgroup_mma(p, v, acc, is_async=True)
                 if STEPS > 1:
                     acc_token, p = warpgroup_mma_wait(0, deps=[acc_token, p])
