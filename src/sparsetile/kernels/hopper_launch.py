@@ -67,8 +67,8 @@ class Steps(NamedTuple):
     queries: int = 64
 
 
-# By block and width; what fits. In backward two programs of blocks of 64 share a multiprocessor; of wide heads
-# they have registers for 32 queries.
+# By block and width; what fits. In backward two programs of blocks of 64 share a multiprocessor; of wide
+# heads they have registers for 32 queries.
 FORWARD = {
     (128, 64): Shares(2, 64, 2),
     (128, 128): Shares(2, 128, 1),
