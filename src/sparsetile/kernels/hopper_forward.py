@@ -237,12 +237,9 @@ def consumer(
                 acc_token = warpgroup_mma(p, v, acc, is_async=True)
                 if STEPS > 1:
                     acc_token, p = warpgroup_mma_wait(0, deps=[acc_token, p])
-                if part + 1 < STEPS:
-                    q = q_s.index(turn % QS * CONSUMERS + C).reshape([ROWS, BLOCK_D])
-                    k = keys_of(k_s, stage, part + 1, BLOCK_K, BLOCK_D, KEYS)
-                    s_token = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
-                    acc, s, p = warpgroup_mma_wait(0, deps=[acc_token, s_token, p])
-                else:
+                next_turn = turn
+                next_stage = stage
+                if part + 1 == STEPS:
                     if STEPS > 1:
                         mbarrier.arrive(k_free.index(stage), count=1)
                     tiles += 1
@@ -250,11 +247,11 @@ def consumer(
                     next_stage = tiles % STAGES
                     mbarrier.wait(q_full.index(next_turn % QS), (next_turn // QS) & 1)
                     mbarrier.wait(k_full.index(next_stage), (tiles // STAGES) & 1)
-                    q = q_s.index(next_turn % QS * CONSUMERS + C).reshape([ROWS, BLOCK_D])
-                    k = keys_of(k_s, next_stage, 0, BLOCK_K, BLOCK_D, KEYS)
-                    s_token = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
-                    acc, s, p = warpgroup_mma_wait(0, deps=[acc_token, s_token, p])
-                    mbarrier.arrive(v_free.index(stage), count=1)
+                q = q_s.index(next_turn % QS * CONSUMERS + C).reshape([ROWS, BLOCK_D])
+                k = keys_of(k_s, next_stage, (part + 1) % STEPS, BLOCK_K, BLOCK_D, KEYS)
+                s_token = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+                acc, s, p = warpgroup_mma_wait(0, deps=[acc_token, s_token, p])
+            mbarrier.arrive(v_free.index(stage), count=1)
         mbarrier.arrive(q_free.index(turn % QS), count=1)
         line = told(info_s.index(turn % LINES))
         batch = field(line, 0)
