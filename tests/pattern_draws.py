@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsetile.patterns import (
     Budget,
+    ByHead,
     Causal,
     Dilated,
     Documents,
@@ -87,7 +88,10 @@ def simple(draw: st.DrawFn, k_len: int, block: int | None) -> Pattern:
     tokens = {"token": 1, "block": block}.get(unit, unit)
     small = st.integers(0, 200)
     if kind == 0:
-        return Local(draw(small), draw(st.none() | small))
+        if draw(st.booleans()):
+            return Local(draw(small), draw(st.none() | small))
+        few = st.integers(0, 5)
+        return Local(draw(few), draw(st.none() | few), unit)
     if kind == 1:
         return Causal()
     if kind == 2:
@@ -119,6 +123,7 @@ def pattern(k_len: int, block: int | None) -> st.SearchStrategy[Pattern]:
             pairs.map(lambda p: p[0] & p[1]),
             pairs.map(lambda p: p[0] & p[1]),
             inner.map(lambda p: p.block_aligned()),
+            st.tuples(*[inner] * HEADS).map(ByHead),
         )
 
     return st.recursive(simple(k_len, block), compose, max_leaves=4)

@@ -20,6 +20,7 @@ from sparsetile.nn.presets import get_block_sparse_preset
 from sparsetile.patterns import (
     Anchored,
     Budget,
+    ByHead,
     Causal,
     Dilated,
     Documents,
@@ -44,6 +45,7 @@ __all__ = [
     "BlockSparseRingDistributedDilatedAttention",
     "BlockSparseRingMultiheadDilatedAttention",
     "Budget",
+    "ByHead",
     "Causal",
     "Dilated",
     "DilatedAttention",

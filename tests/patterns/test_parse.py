@@ -44,7 +44,7 @@ def test_reads(text, pattern):
         ("", "got "),
         ("Locl(3)", "Did you mean Local"),
         ("local(3)", "Did you mean Local"),
-        ("Window(3)", "Known patterns: Anchored, Budget, Causal"),
+        ("Window(3)", "Known patterns: Anchored, Budget, ByHead, Causal"),
         ("Local", r"Write Local\(…\)"),
         ("Local(3", "never closed"),
         ("Local(3) + Causal()", "Known patterns"),

@@ -3,6 +3,7 @@
 from sparsetile.patterns.anchored import Anchored
 from sparsetile.patterns.base import Pattern
 from sparsetile.patterns.budget import Budget
+from sparsetile.patterns.by_head import ByHead
 from sparsetile.patterns.config import SparsePatternConfig
 from sparsetile.patterns.fixed import (
     Causal,
@@ -19,6 +20,7 @@ from sparsetile.patterns.parse import parse_pattern
 __all__ = [
     "Anchored",
     "Budget",
+    "ByHead",
     "Causal",
     "Dilated",
     "Documents",

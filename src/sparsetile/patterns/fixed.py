@@ -60,24 +60,53 @@ class Causal(Interval):
         return distance(tiles)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Local(Interval):
-    """A window from ``left`` tokens before the query to ``right`` after it: ``−left ≤ k − q ≤ right``."""
+    """A window from ``left`` units before the query's to ``right`` after it: ``−left ≤ k − q ≤ right``.
+
+    ``unit`` is ``"token"``, ``"block"`` (a tile of the layout) or a number of tokens; position ``p`` lies in
+    unit ``p // unit``. ``Local(3, 0, unit=128)`` keeps whole tiles of 128: the query's own and three before.
+    """
 
     left: int
     right: int | None = None
+    unit: Unit = "token"
 
     def __post_init__(self) -> None:
         left = integer("Local", "left", self.left, 0)
         right = left if self.right is None else integer("Local", "right", self.right, 0)
         object.__setattr__(self, "right", right)
+        check_unit("Local", self.unit)
+        if max(left, right) * (self.unit if isinstance(self.unit, int) else 1) > LONGEST:
+            raise PatternError(
+                explain(
+                    "Local",
+                    expected=f"a window of at most {LONGEST} tokens",
+                    got=f"{max(left, right)} units of {self.unit}",
+                    fix="Full() has no end.",
+                )
+            )
+
+    def __repr__(self) -> str:
+        unit = "" if self.unit == "token" else f", unit={self.unit!r}"
+        return f"Local(left={self.left}, right={self.right}{unit})"
+
+    def resolve(self, block_q: int, block_k: int, offset: int = 0, k_len: int | None = None) -> Pattern:
+        if self.unit == "token":
+            return self
+        return replace(self, unit=resolved_unit(self, self.unit, block_q, block_k))
 
     def interval(self, q: Tensor) -> Span:
         assert self.right is not None
-        return Span(q - self.left, q + (self.right + 1))
+        unit = in_tokens(self, self.unit)
+        own = q if unit == 1 else floor(q, unit)
+        return Span((own - self.left) * unit, (own + (self.right + 1)) * unit)
 
     def signature(self, tiles: Tiles) -> Key:
-        return distance(tiles)
+        unit = in_tokens(self, self.unit)
+        if unit == 1:
+            return distance(tiles)
+        return combine([distance(tiles), Key(tiles.q0.remainder(unit), unit)])
 
 
 def distance(tiles: Tiles) -> Key:

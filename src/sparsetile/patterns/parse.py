@@ -11,6 +11,7 @@ from sparsetile.patterns.anchored import Anchored
 from sparsetile.patterns.base import Pattern
 from sparsetile.patterns.branches import NotInBranches
 from sparsetile.patterns.budget import Budget
+from sparsetile.patterns.by_head import ByHead
 from sparsetile.patterns.ended import Ended
 from sparsetile.patterns.fixed import Causal, Documents, Full, Global, Local, Random
 from sparsetile.patterns.hierarchical import Hierarchical
@@ -21,6 +22,7 @@ _KNOWN: dict[str, Callable[..., Pattern]] = {
     for kind in (
         Anchored,
         Budget,
+        ByHead,
         Causal,
         Dilated,
         Documents,
@@ -42,8 +44,9 @@ _LONGEST = 1 << 20
 def parse_pattern(text: str) -> Pattern:
     """The pattern that ``text`` spells, as ``(Local(4096) | Global(128)) & Causal()``.
 
-    Understood are the public pattern names with literal arguments, ``|``, ``&``, parentheses and
-    ``.block_aligned()``; nothing is evaluated. ``parse_pattern(repr(p)) == p`` for every pattern.
+    Understood are the public pattern names with literal arguments (and lists of patterns), ``|``, ``&``,
+    parentheses and ``.block_aligned()``; nothing is evaluated. ``parse_pattern(repr(p)) == p`` for every
+    pattern.
 
     Raises:
         PatternError: not such a text, or impossible parameters.
@@ -68,12 +71,12 @@ def _pattern(node: ast.expr, text: str) -> Pattern:
         return left | right if isinstance(node.op, ast.BitOr) else left & right
     if isinstance(node, ast.Call):
         make = _callee(node.func, text)
-        positional = [_literal(a, text) for a in node.args]
+        positional = [_argument(a, text) for a in node.args]
         named: dict[str, object] = {}
         for keyword in node.keywords:
             if keyword.arg is None:
                 raise _error(text, "**", "Write each argument out.")
-            named[keyword.arg] = _literal(keyword.value, text)
+            named[keyword.arg] = _argument(keyword.value, text)
         try:
             return make(*positional, **named)
         except TypeError as error:
@@ -95,6 +98,15 @@ def _callee(node: ast.expr, text: str) -> Callable[..., Pattern]:
             return _pattern(node.value, text).block_aligned
         raise _error(text, f".{node.attr}", _suggest(node.attr, [_METHOD]) + f"The method is .{_METHOD}().")
     raise _error(text, repr(ast.unparse(node)), _NAMES)
+
+
+def _argument(node: ast.expr, text: str) -> object:
+    """A literal, or patterns where the arguments hold patterns (those of ``ByHead``)."""
+    if isinstance(node, (ast.List, ast.Tuple)) and any(
+        isinstance(e, (ast.Call, ast.BinOp)) for e in node.elts
+    ):
+        return tuple(_pattern(item, text) for item in node.elts)
+    return _literal(node, text)
 
 
 def _literal(node: ast.expr, text: str) -> object:
