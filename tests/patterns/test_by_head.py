@@ -18,7 +18,7 @@ from sparsetile import (
     parse_pattern,
     sparse_attention,
 )
-from sparsetile.errors import PatternError
+from sparsetile.errors import LayoutError, PatternError
 
 FOUR = (Local(20, 0), Local(2, 0, unit=16) | Global(9), Strided(48, 16) & Local(90), LogStrided(2, 16))
 
@@ -69,7 +69,7 @@ def test_refuses_what_is_no_list_of_patterns(raw):
 def test_refuses_another_number_of_heads():
     with pytest.raises(PatternError, match="expected 3 patterns"):
         BlockLayout.from_pattern(ByHead(FOUR), 100, heads=3)
-    with pytest.raises(PatternError, match="heads"):
+    with pytest.raises(LayoutError, match="the number of query heads"):
         BlockLayout.from_pattern(ByHead(FOUR), 100)
 
 
