@@ -1,6 +1,7 @@
 """Block-sparse attention for PyTorch, exact over the keys it keeps, forward and backward."""
 
 from sparsetile._version import __version__
+from sparsetile.decode import decode_attention
 from sparsetile.dilated import dilated_attention
 from sparsetile.distributed.config import DistributedSparseConfig
 from sparsetile.distributed.module import BlockSparseRingDistributedDilatedAttention
@@ -64,6 +65,7 @@ __all__ = [
     "create_adaptive_block_sparse",
     "create_block_sparse_attention",
     "create_multihead_block_sparse",
+    "decode_attention",
     "dilated_attention",
     "from_dense",
     "get_block_sparse_preset",
