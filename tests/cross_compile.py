@@ -43,6 +43,8 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
     of a row: see ``layout_of``."""
     if kernel in ("rows", "places"):
         return layout_of(kernel, head_dim, getattr(torch, dtype), options)
+    if kernel == "decode":
+        return decode_launch_of(torch.zeros(2, 8, 1, head_dim, dtype=getattr(torch, dtype)), target, options)
     from sparsetile.kernels import triton_launch
     from sparsetile.kernels.request import Request
     from sparsetile.kernels.triton_config import Target
@@ -89,6 +91,37 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
         arguments = (q, k, k, *saved, q, k, k, tile_grad, bias_grad, request, on)
         return triton_launch.backward_launches(*arguments)[kernel == "backward"]
     raise ValueError(f"no kernel {kernel!r}")
+
+
+def decode_launch_of(q: torch.Tensor, target: str, options: dict[str, Any]) -> Any:
+    """``padded``: padding of both kinds; ``paged``; ``by_head``: a pattern for each head."""
+    from sparsetile.decode import decode_layout
+    from sparsetile.kernels.decode_request import DecodeRequest
+    from sparsetile.kernels.triton_decode import decode_kernel, launch_of
+    from sparsetile.kernels.triton_launch import Launch
+    from sparsetile.patterns import Local, Random
+
+    batch, heads, _, width = q.shape
+    by_head = options.get("by_head", False)
+    layout = decode_layout(Random(0.1, by_head=True) if by_head else Local(999, 0), 4096, heads=heads)
+    paged, padded = options.get("paged", False), options.get("padded", False)
+    lengths = torch.full((batch,), 4096, dtype=torch.int32)
+    shape = (16, heads // 4, 256, width) if paged else (batch, heads // 4, 4096, width)
+    cache = q.new_empty(shape)
+    request = DecodeRequest(
+        layout,
+        lengths,
+        lengths.long() if padded else None,
+        torch.zeros((batch, 16), dtype=torch.int32) if paged else None,
+        torch.zeros((batch, 4096), dtype=torch.bool) if padded else None,
+        q_len=1,
+        capacity=4096,
+        page_size=256 if paged else 0,
+        scale=0.1,
+    )
+    parts = q.new_empty((batch, heads, 1, 4, width), dtype=torch.float32)
+    hip = target.startswith("gfx")
+    return Launch(decode_kernel, 1, *launch_of(q, cache, cache, parts, parts[..., 0], request, 8, hip))
 
 
 def hopper_launch_of(kernel: str, q: torch.Tensor, request: Any, options: dict[str, Any], on: Any) -> Any:

@@ -1,6 +1,11 @@
 """The Triton decoding kernels in their interpreter, against the dense float64 reference."""
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +13,7 @@ import torch
 from sparsetile import ByHead, Full, Global, Local, Random, Strided, decode_attention
 from sparsetile.kernels import triton_decode
 
+ROOT = Path(__file__).parents[2]
 EXACT = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
@@ -71,3 +77,26 @@ def test_splits_cover_the_longest_row(programs, longest):
     splits, tiles = triton_decode.split(programs, longest, 132)
     assert splits * tiles >= longest > (splits - 1) * tiles
     assert splits <= 128
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_compiles_for_gpus_that_are_not_here(target):
+    cases = [
+        ["decode", dim, dtype, target, {}] for dtype in ("bfloat16", "float32") for dim in (64, 128, 256)
+    ]
+    cases += [
+        ["decode", 80, "float16", target, {"padded": True}],
+        ["decode", 128, "bfloat16", target, {"paged": True}],
+    ]
+    cases += [["decode", 128, "bfloat16", target, {"by_head": True}]]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "src")
+    script = [sys.executable, str(ROOT / "tests" / "cross_compile.py")]
+    done = subprocess.run(script, input=json.dumps(cases), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == len(cases)
+    most = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}[target] * 1024
+    for result in results:
+        assert result["shared"] <= most, result
+        assert result.get("spills_in_loops", 0) == 0, result

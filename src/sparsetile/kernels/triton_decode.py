@@ -9,6 +9,8 @@ the device, from the lengths; nothing waits for it.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +22,7 @@ from sparsetile.kernels.triton_tiles import product
 
 _LOG2_E = math.log2(math.e)
 _PROGRAMS_A_MULTIPROCESSOR = 4
+_STEP_BYTES = 1 << 14  # of keys, and as many of values, that a program has in flight at a step
 
 
 @triton.jit
@@ -60,6 +63,7 @@ def decode_kernel(
     ROWS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    KEYS: tl.constexpr,
     WORDS: tl.constexpr,
     WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
@@ -96,7 +100,8 @@ def decode_kernel(
     end = tl.minimum(begin + per_split, last)
     lane = tl.arange(0, ROWS)
     dim = tl.arange(0, WIDE)
-    cell = tl.arange(0, BLOCK_K)
+    part = tl.arange(0, KEYS)
+    STEPS: tl.constexpr = BLOCK_K // KEYS
     real = lane < STACK
     inside = dim < WIDTH
     head = (first_head + lane).to(tl.int64)
@@ -105,7 +110,9 @@ def decode_kernel(
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDE], tl.float32)
-    for edge in tl.range(begin, end):
+    for step in tl.range(0, (end - begin).to(tl.int32) * STEPS):
+        edge = begin + step // STEPS
+        cell = step % STEPS * KEYS + part
         column = tl.load(indices + edge)
         slot = start + column * BLOCK_K + cell
         there = (slot >= 0) & (slot < length)
@@ -129,7 +136,7 @@ def decode_kernel(
         keep = there[:, None] & inside[None, :]
         keys = tl.load(k_base + place[:, None] * k_n + dim[None, :], mask=keep, other=0.0)
         values = tl.load(v_base + place[:, None] * v_n + dim[None, :], mask=keep, other=0.0)
-        scores = product(queries, tl.trans(keys), tl.zeros([ROWS, BLOCK_K], tl.float32), PRECISION) * scale
+        scores = product(queries, tl.trans(keys), tl.zeros([ROWS, KEYS], tl.float32), PRECISION) * scale
         scores = tl.where(there[None, :], scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
@@ -190,66 +197,90 @@ def split(programs: int, longest: int, multiprocessors: int) -> tuple[int, int]:
     return -(-longest // tiles), tiles
 
 
-def decode(q: Tensor, k: Tensor, v: Tensor, request: DecodeRequest) -> tuple[Tensor, Tensor]:
-    """Output ``[B, H, Nq, D]`` in q's dtype and natural LSE ``[B, H, Nq]`` fp32."""
+def launch_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    parts: Tensor,
+    part_lse: Tensor,
+    request: DecodeRequest,
+    per_split: int,
+    hip: bool = torch.version.hip is not None,
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Arguments and options of ``decode_kernel``; parts ``[B, H, Nq, splits, D]``, part_lse without D."""
     layout = request.layout
-    batch, heads, q_len, width = q.shape
-    key_heads = k.shape[1]
+    heads, key_heads = q.shape[1], k.shape[1]
     by_head = layout.heads > 1
     group = heads // key_heads
-    groups = heads if by_head else key_heads
-    programs = batch * q_len * groups
+    pages, padding = request.page_table, request.key_padding_mask
+    wide = max(16, triton.next_power_of_2(q.shape[3]))
+    # Products in fp32 take plain instructions, many registers each.
+    step = 8 if q.dtype == torch.float32 else 2
+    q_b, q_h, q_n, _ = q.stride()
+    k_b, k_h, k_n, _ = k.stride()
+    v_b, v_h, v_n, _ = v.stride()
+    arguments = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "out": parts,
+        "lse": part_lse,
+        "indptr": layout.indptr,
+        "indices": layout.indices,
+        "mask_ids": layout.mask_ids,
+        "masks": layout.masks,
+        "lengths": request.lengths,
+        "starts": request.lengths if request.starts is None else request.starts,
+        "pages": request.lengths if pages is None else pages,
+        "padding": layout.masks if padding is None else padding.view(torch.uint8),
+        "scale": request.scale * _LOG2_E,
+        "q_b": q_b,
+        "q_h": q_h,
+        "q_n": q_n,
+        "k_b": k_b,
+        "k_h": k_h,
+        "k_n": k_n,
+        "v_b": v_b,
+        "v_h": v_h,
+        "v_n": v_n,
+        "pages_b": 0 if pages is None else pages.stride(0),
+        "capacity": request.capacity,
+        "q_blocks": layout.q_blocks,
+        "per_split": per_split,
+        "splits": parts.shape[3],
+        "q_len": q.shape[2],
+        "groups": heads if by_head else key_heads,
+        "HEADS": heads,
+        "GROUP": group,
+        "BY_HEAD": by_head,
+        "ROWS": max(16, triton.next_power_of_2(1 if by_head else group)),
+        "BLOCK_Q": layout.block_q,
+        "BLOCK_K": layout.block_k,
+        "KEYS": min(layout.block_k, max(16, _STEP_BYTES // (wide * step))),
+        "WORDS": layout.masks.shape[-1],
+        "WIDTH": q.shape[3],
+        "WIDE": wide,
+        "PAGE": request.page_size,
+        "HAS_STARTS": request.starts is not None,
+        "HAS_PADDING": padding is not None,
+        "HAS_MASKS": layout.masks.shape[0] > 0,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }
+    return arguments, {"num_warps": 4, "num_stages": 2 if hip else 3}
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor, request: DecodeRequest) -> tuple[Tensor, Tensor]:
+    """Output ``[B, H, Nq, D]`` in q's dtype and natural LSE ``[B, H, Nq]`` fp32."""
+    batch, heads, q_len, width = q.shape
+    programs = batch * q_len * (heads if request.layout.heads > 1 else k.shape[1])
     splits, per_split = split(programs, longest_row(request), _multiprocessors(q))
-    wide = max(16, triton.next_power_of_2(width))
     parts = torch.empty((batch, heads, q_len, splits, width), dtype=torch.float32, device=q.device)
     part_lse = torch.empty(parts.shape[:4], dtype=torch.float32, device=q.device)
-    pages = request.page_table
-    none = layout.indices
-    padding = request.key_padding_mask
-    decode_kernel[(programs, splits)](
-        q,
-        k,
-        v,
-        parts,
-        part_lse,
-        layout.indptr,
-        layout.indices,
-        layout.mask_ids,
-        layout.masks,
-        request.lengths,
-        none if request.starts is None else request.starts,
-        none if pages is None else pages,
-        none if padding is None else padding.view(torch.uint8),
-        request.scale * _LOG2_E,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        0 if pages is None else pages.stride(0),
-        request.capacity,
-        layout.q_blocks,
-        per_split,
-        splits,
-        q_len,
-        groups,
-        HEADS=heads,
-        GROUP=group,
-        BY_HEAD=by_head,
-        ROWS=max(16, triton.next_power_of_2(1 if by_head else group)),
-        BLOCK_Q=layout.block_q,
-        BLOCK_K=layout.block_k,
-        WORDS=layout.masks.shape[-1],
-        WIDTH=width,
-        WIDE=wide,
-        PAGE=request.page_size,
-        HAS_STARTS=request.starts is not None,
-        HAS_PADDING=padding is not None,
-        HAS_MASKS=layout.masks.shape[0] > 0,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=4,
-        num_stages=3 if wide <= 128 and q.element_size() == 2 else 2,
-    )
-    out = torch.empty((batch, heads, q_len, width), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=q.device)
+    arguments, options = launch_of(q, k, v, parts, part_lse, request, per_split)
+    decode_kernel[(programs, splits)](**arguments, **options)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    wide = max(16, triton.next_power_of_2(width))
     merge_kernel[(batch * heads * q_len,)](
         parts,
         part_lse,
@@ -264,7 +295,11 @@ def decode(q: Tensor, k: Tensor, v: Tensor, request: DecodeRequest) -> tuple[Ten
     return out, lse
 
 
+@lru_cache(maxsize=16)
+def _multiprocessors_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _multiprocessors(q: Tensor) -> int:
-    if not q.is_cuda:  # the interpreter
-        return 8
-    return torch.cuda.get_device_properties(q.device).multi_processor_count
+    # In the interpreter there are none; as many as on a small GPU.
+    return _multiprocessors_of(q.device) if q.is_cuda else 8
