@@ -1,0 +1,1 @@
+"""Where sparsetile meets other libraries; each module imports its own when it is imported."""
