@@ -1,4 +1,4 @@
-"""The command ``sparsetile``: doctor, show, bench, train, recall, mixed.
+"""The command ``sparsetile``: doctor, show, bench, plan, train, recall, mixed, profile.
 
 Bad input and failures end with one line on stderr and a non-zero exit code: 2 for bad usage or input, 1 for
 what failed, 130 after Ctrl-C. A traceback is a bug.
@@ -70,6 +70,13 @@ _COMMANDS = {
     "mixed": (
         "whether a share of the mass needs fewer tiles than a fixed number, on easy and hard inputs",
         "examples:\n  sparsetile mixed\n",
+    ),
+    "profile": (
+        "which pattern each head of a trained model can do with, and what that costs on real text",
+        "examples:\n"
+        "  sparsetile profile HuggingFaceTB/SmolLM2-135M --text book.txt --max-loss-increase 1%\n"
+        "  sparsetile profile model.gguf --text a.py --held-out b.py --density 15%,25%,40% --compare\n"
+        "  sparsetile profile ./checkpoint --text book.txt --length 16K --device cuda --dtype bf16\n",
     ),
 }
 
@@ -166,6 +173,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "train": _delegate("sparsetile.train.cli"),
         "recall": _delegate("sparsetile.recall.cli"),
         "mixed": _delegate("sparsetile.recall.mixed_cli"),
+        "profile": _delegate("sparsetile.profile.cli"),
     }
     for name, (summary, examples) in _COMMANDS.items():
         command = commands.add_parser(

@@ -1,0 +1,1 @@
+"""Which pattern a trained model can do with: ``sparsetile profile``."""
