@@ -94,34 +94,48 @@ def launch_of(kernel: str, head_dim: int, dtype: str, target: str, options: dict
 
 
 def decode_launch_of(q: torch.Tensor, target: str, options: dict[str, Any]) -> Any:
-    """``padded``: padding of both kinds; ``paged``; ``by_head``: a pattern for each head."""
+    """``merge``, the kernel that merges; ``queries``, so many new tokens; ``padded``: padding of both kinds;
+    ``paged``; ``by_head``: a pattern for each head; ``direct``: one split."""
     from sparsetile.decode import decode_layout
+    from sparsetile.kernels import triton_decode_launch
     from sparsetile.kernels.decode_request import DecodeRequest
-    from sparsetile.kernels.triton_decode import decode_kernel, launch_of
-    from sparsetile.kernels.triton_launch import Launch
+    from sparsetile.kernels.triton_config import Target
     from sparsetile.patterns import Local, Random
 
-    batch, heads, _, width = q.shape
+    q = q.expand(-1, -1, options.get("queries", 1), -1).contiguous()
+    batch, heads, q_len, width = q.shape
     by_head = options.get("by_head", False)
     layout = decode_layout(Random(0.1, by_head=True) if by_head else Local(999, 0), 4096, heads=heads)
     paged, padded = options.get("paged", False), options.get("padded", False)
     lengths = torch.full((batch,), 4096, dtype=torch.int32)
-    shape = (16, heads // 4, 256, width) if paged else (batch, heads // 4, 4096, width)
-    cache = q.new_empty(shape)
+    cache = q.new_empty((16, heads // 4, 256, width) if paged else (batch, heads // 4, 4096, width))
+    pages = torch.zeros((batch, 16), dtype=torch.int32) if paged else None
+    padding = torch.zeros((batch, 4096), dtype=torch.uint8) if padded else None
     request = DecodeRequest(
         layout,
         lengths,
         lengths.long() if padded else None,
-        torch.zeros((batch, 16), dtype=torch.int32) if paged else None,
-        torch.zeros((batch, 4096), dtype=torch.bool) if padded else None,
-        q_len=1,
-        capacity=4096,
-        page_size=256 if paged else 0,
-        scale=0.1,
+        pages,
+        None if padding is None else padding.bool(),
+        q_len,
+        4096,
+        256 if paged else 0,
+        0.1,
     )
-    parts = q.new_empty((batch, heads, 1, 4, width), dtype=torch.float32)
-    hip = target.startswith("gfx")
-    return Launch(decode_kernel, 1, *launch_of(q, cache, cache, parts, parts[..., 0], request, 8, hip))
+    on = Target(TARGETS[target][3], 1)  # type: ignore[arg-type]
+    shape = triton_decode_launch.Shape.of(q, cache.shape[1], layout, on)
+    strides = (*q.stride()[:3], *cache.stride()[:3], *cache.stride()[:3])
+    parts = None if options.get("direct") else (q.new_empty(4096, dtype=torch.float32),) * 2
+    made = triton_decode_launch.launches(
+        (q, cache, cache, q, q[..., 0].float(), lengths, request.starts, pages, padding),
+        (*strides, 16 if paged else 0, 4096 if padded else 0, 4096),
+        parts,
+        1 if parts is None else 4,
+        shape,
+        request,
+        on,
+    )
+    return made["merge" in options]
 
 
 def hopper_launch_of(kernel: str, q: torch.Tensor, request: Any, options: dict[str, Any], on: Any) -> Any:

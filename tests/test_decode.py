@@ -207,7 +207,7 @@ def test_refuses_bad_calls():
         decode_attention(q.expand(2, HEADS, 17, DIM), k, v, Local(3), **call)
     with pytest.raises(ArgumentError, match="enable_gqa=True"):
         decode_attention(q, k, v, Local(3))
-    with pytest.raises(ArgumentError, match="one floating dtype"):
+    with pytest.raises(ArgumentError, match="one of float16"):
         decode_attention(q.float(), k, v, Local(3), **call)
     with pytest.raises(ArgumentError, match="lengths: expected int32 or int64"):
         decode_attention(q, k, v, Local(3), lengths=torch.tensor([3]), **call)
@@ -222,7 +222,9 @@ def test_refuses_bad_calls():
     with pytest.raises(LayoutError, match="as many queries as keys"):
         short = BlockLayout.from_pattern(Causal(), 90)
         decode_attention(q, k, v, short, **call)
-    with pytest.raises(ArgumentError, match="'hopper' has no kernel"):
+    with pytest.raises(BackendError, match="hopper: has no kernel for decoding"):
         decode_attention(q, k, v, Local(3), backend="hopper", **call)
+    with pytest.raises(ArgumentError, match="Did you mean 'triton'"):
+        decode_attention(q, k, v, Local(3), backend="tritan", **call)
     with pytest.raises(BackendError, match="triton: serves fp16, bf16 and fp32"):
         decode_attention(q, k, v, Local(3), backend="triton", **call)

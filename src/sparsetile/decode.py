@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from types import ModuleType
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from sparsetile import op
-from sparsetile.arguments import check_mask, check_settings, check_types, checked_blocks
+from sparsetile.arguments import FLOATS, check_flag, check_mask, check_settings, check_types, checked_blocks
 from sparsetile.errors import ArgumentError, BackendError, LayoutError, PatternError, explain
 from sparsetile.functional import as_autocast, causal_of
 from sparsetile.kernels import cpu_decode, reference_decode
 from sparsetile.kernels.decode_request import DecodeRequest
+from sparsetile.kernels.select import check_name
 from sparsetile.kernels.triton_backend import DTYPES, LARGEST_HEAD_DIM, device_problem
 from sparsetile.layout.blocks import BlockLayout
 from sparsetile.layout.cache import cached_layout
-from sparsetile.patterns import Budget, Documents, Pattern
+from sparsetile.patterns import Pattern
 
 MOST_QUERIES = 16
 _LEAST_CAPACITY = 1 << 12
-_BACKENDS = ("cpu", "triton", "reference")
 
 
 @overload
@@ -91,11 +93,12 @@ def decode_attention(
             the block; capacity is then ``pages of a sequence · page_size``.
         pattern: as for :func:`sparse_attention`, always ``& Causal()``; or a BlockLayout of as many queries
             as keys, causal already, at least ``capacity`` of them (:func:`decode_layout` makes one).
-        lengths: int32 or int64 ``[B]``: slots that are filled; query ``i`` stands in slot
-            ``lengths − Nq + i``. Default: all.
+        lengths: int32 or int64 ``[B]``: slots that are filled, 0 to ``capacity``; query ``i`` stands in slot
+            ``lengths − Nq + i``. Default: all. On a GPU nobody looks at the values: more than ``capacity``
+            counts as that.
         starts: int32 or int64 ``[B]``: slot of each sequence's first token (left padding), from which
             positions count; what lies before is not attended. Below 0 where the cache has dropped as many
-            tokens. Not with pages.
+            tokens: then pass a layout of ``capacity`` and those. Not with pages.
         page_table: int32 or int64 ``[B, pages of a sequence]``: the page of each ``page_size`` slots.
         key_padding_mask: bool ``[B, capacity]``, True = ignore the key.
         scale: factor on query·key; default ``1/√D``.
@@ -123,12 +126,17 @@ def decode_attention(
         >>> out.shape
         torch.Size([1, 8, 1, 64])
     """
-    check_types(query=query, key=key, value=value)
+    if not (type(query) is type(key) is type(value) is Tensor):
+        check_types(query=query, key=key, value=value)
+    if not op.plain(query, key, value) or op.forward_mode():
+        op.refuse_transforms(query, key, value)
     query, key, value = as_autocast(query, key, value)
+    check_name(backend)
+    check_flag("enable_gqa", enable_gqa)
     check_settings(scale, 0.0)
     capacity, page_size = _check_cache(query, key, value, page_table, enable_gqa)
-    batch, heads, q_len, width = query.shape
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    _, heads, q_len, width = query.shape
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         raise ArgumentError(
             explain(
                 "decode_attention",
@@ -137,8 +145,10 @@ def decode_attention(
                 fix="Train with sparse_attention(…, is_causal=True), which is the same function.",
             )
         )
-    lengths = _each("lengths", lengths, query)
-    starts = _each("starts", starts, query)
+    if lengths is not None:
+        lengths = _each("lengths", lengths, query)
+    if starts is not None:
+        starts = _each("starts", starts, query)
     if starts is not None and page_table is not None:
         raise ArgumentError(
             explain(
@@ -148,7 +158,13 @@ def decode_attention(
                 fix="Pages need no padding: begin each sequence at the start of its first page.",
             )
         )
-    check_mask(key_padding_mask, query, capacity)
+    if key_padding_mask is not None:
+        check_types(key_padding_mask=key_padding_mask)
+        check_mask(key_padding_mask, query, capacity)
+        if key_padding_mask.stride(1) != 1:
+            key_padding_mask = key_padding_mask.contiguous()
+    if page_table is not None and page_table.stride(1) != 1:
+        page_table = page_table.contiguous()
     if isinstance(pattern, BlockLayout):
         layout = pattern
         _check_layout(layout, query, capacity)
@@ -163,8 +179,8 @@ def decode_attention(
                 fix="Pass a smaller block_size.",
             )
         )
-    if lengths is None:
-        lengths = torch.full((batch,), capacity, dtype=torch.int32, device=query.device)
+    if query.is_cpu:
+        _check_values(lengths, starts, capacity, layout)
     request = DecodeRequest(
         layout,
         lengths,
@@ -189,8 +205,9 @@ def decode_layout(
 ) -> BlockLayout:
     """The layout that serves every step of decoding within ``capacity`` positions, from the layout cache.
 
-    It is made for the next power of two of positions, so that a growing cache asks for a new one a dozen
-    times at most.
+    It is made for the next power of two of positions, so that a cache that grows to any length has paid for
+    its layouts no more than twice what the last one cost, and has asked for a dozen at most. Rows that are
+    not reached yet take memory, and no time.
 
     Raises:
         PatternError: the pattern depends on how many keys there are, so that each step has another one.
@@ -206,16 +223,7 @@ def decode_layout(
                 fix="For example st.Local(1024, 0) | st.Global(64).",
             )
         )
-    _check_steady(pattern)
-    positions = max(_LEAST_CAPACITY, 1 << (capacity - 1).bit_length())
-    return cached_layout(
-        causal_of(pattern), positions, positions, checked_blocks(block_size), torch.device(device), heads
-    )
-
-
-def _check_steady(pattern: Pattern) -> None:
-    """Refuses what means another thing with each new key."""
-    if isinstance(pattern, Documents) or (isinstance(pattern, Budget) and not pattern.causal):
+    if pattern.needs_length:
         raise PatternError(
             explain(
                 "decode_attention(pattern)",
@@ -224,8 +232,10 @@ def _check_steady(pattern: Pattern) -> None:
                 fix="Use Budget(…, causal=True); of packed documents, decode each by itself.",
             )
         )
-    for child in pattern.children:
-        _check_steady(child)
+    positions = max(_LEAST_CAPACITY, 1 << (capacity - 1).bit_length())
+    return cached_layout(
+        causal_of(pattern), positions, positions, checked_blocks(block_size), torch.device(device), heads
+    )
 
 
 # -- checks -------------------------------------------------------------------------------------------
@@ -235,7 +245,6 @@ def _check_cache(
     query: Tensor, key: Tensor, value: Tensor, page_table: Tensor | None, enable_gqa: bool
 ) -> tuple[int, int]:
     """(capacity of a sequence, page size or 0) of tensors that fit one another."""
-    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     fits = query.dim() == key.dim() == value.dim() == 4 and key.shape == value.shape
     fits = fits and 0 not in query.shape and 0 not in key.shape and query.shape[3] == key.shape[3]
     fits = fits and (page_table is not None or key.shape[0] == query.shape[0])
@@ -245,16 +254,16 @@ def _check_cache(
             explain(
                 "shapes",
                 expected=f"query [B, H, 1 to {MOST_QUERIES}, D]; key and value both {cache}, none empty",
-                got=shapes,
+                got=f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}",
                 fix="For many queries use sparse_attention(…, is_causal=True).",
             )
         )
     same = query.dtype == key.dtype == value.dtype and query.device == key.device == value.device
-    if not same or not query.dtype.is_floating_point:
+    if not same or query.dtype not in FLOATS:
         raise ArgumentError(
             explain(
                 "dtypes and devices",
-                expected="one floating dtype and one device for all three",
+                expected="one of float16, bfloat16, float32, float64 and one device for all three",
                 got=", ".join(f"{x.dtype} on {x.device}" for x in (query, key, value)),
                 fix="Cast and move the query; a cache is better made right.",
             )
@@ -285,10 +294,8 @@ def _check_cache(
     return page_table.shape[1] * key.shape[2], key.shape[2]
 
 
-def _each(name: str, given: Tensor | None, query: Tensor) -> Tensor | None:
+def _each(name: str, given: Tensor, query: Tensor) -> Tensor:
     """One integer for each sequence, on the query's device."""
-    if given is None:
-        return None
     check_types(**{name: given})
     fits = given.dtype in (torch.int32, torch.int64) and tuple(given.shape) == (query.shape[0],)
     if not fits or given.device != query.device:
@@ -301,6 +308,37 @@ def _each(name: str, given: Tensor | None, query: Tensor) -> Tensor | None:
             )
         )
     return given.contiguous()
+
+
+def _check_values(
+    lengths: Tensor | None,
+    starts: Tensor | None,
+    capacity: int,
+    layout: BlockLayout,
+) -> None:
+    """What is only looked at where that waits for nobody, on the CPU."""
+    if lengths is not None and bool(((lengths < 0) | (lengths > capacity)).any()):
+        raise ArgumentError(
+            explain(
+                "lengths",
+                expected=f"0 to {capacity}, the capacity of the cache",
+                got=lengths.tolist(),
+                fix="Count the keys cached, those of the queries included.",
+            )
+        )
+    if starts is None:
+        return
+    ends = capacity if lengths is None else lengths.long()
+    furthest = int((ends - starts.long()).max())
+    if furthest > layout.q_len:
+        raise LayoutError(
+            explain(
+                "layout lengths with starts below 0",
+                expected=f"at least {furthest}, the positions that the queries reach",
+                got=layout.q_len,
+                fix="Make it with sparsetile.decode.decode_layout(pattern, capacity + dropped, …).",
+            )
+        )
 
 
 def _check_layout(layout: BlockLayout, query: Tensor, capacity: int) -> None:
@@ -322,15 +360,6 @@ def _check_layout(layout: BlockLayout, query: Tensor, capacity: int) -> None:
 
 
 def _run(backend: str, q: Tensor, k: Tensor, v: Tensor, request: DecodeRequest) -> tuple[Tensor, Tensor]:
-    if backend not in ("auto", *_BACKENDS):
-        raise ArgumentError(
-            explain(
-                "backend",
-                expected=f"one of {['auto', *_BACKENDS]}",
-                got=repr(backend),
-                fix="'hopper' has no kernel for decoding; 'triton' serves H100 and H200, too.",
-            )
-        )
     if backend == "reference":
         return reference_decode.decode(q, k, v, request)
     reasons = []
@@ -342,10 +371,10 @@ def _run(backend: str, q: Tensor, k: Tensor, v: Tensor, request: DecodeRequest) 
     if backend in ("auto", "triton"):
         reason = _triton_why_not(q, k, v)
         if reason is None:
-            from sparsetile.kernels import triton_decode
-
-            return triton_decode.decode(q, k, v, request)
+            return _launches().decode(q, k, v, request)  # type: ignore[no-any-return]
         reasons.append(f"triton: {reason}")
+    if backend == "hopper":
+        reasons.append("hopper: has no kernel for decoding; 'triton' serves H100 and H200, too")
     raise BackendError(
         explain(
             f"backend={backend!r}",
@@ -354,6 +383,14 @@ def _run(backend: str, q: Tensor, k: Tensor, v: Tensor, request: DecodeRequest) 
             fix="Change what the reasons name; backend='reference' is dense but runs anywhere.",
         )
     )
+
+
+@lru_cache(maxsize=1)
+def _launches() -> ModuleType:
+    """The module that prepares launches, imported when first needed: it imports Triton."""
+    from sparsetile.kernels import triton_decode_launch
+
+    return triton_decode_launch
 
 
 def _triton_why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:

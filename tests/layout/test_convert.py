@@ -8,12 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
-from pattern_draws import HEADS, case, runs
+from pattern_draws import runs
 from sparsetile.errors import LayoutError
 from sparsetile.layout import BlockLayout
-from sparsetile.patterns import Local
 
 SIZES = st.sampled_from([16, 32, 64, 128])
 
@@ -68,43 +66,6 @@ def test_block_masks_and_compressed_rows(q_len, k_len, block_q, block_k, seed, d
         assert same_tiles(layout, again) and torch.equal(again.to_dense(), pairs)
 
 
-@runs(40)
-@given(case(longest=300))
-def test_flex_and_back(drawn):
-    size = (drawn.block_q, drawn.block_k)
-    layout = BlockLayout.from_pattern(drawn.pattern, drawn.q_len, drawn.k_len, size, heads=HEADS)
-    flex = layout.to_flex()
-    assert tuple(flex.shape) == (1, layout.heads, drawn.q_len, drawn.k_len)
-    mask = create_mask(flex.mask_mod, 2, HEADS, drawn.q_len, drawn.k_len, device="cpu")
-    assert torch.equal(mask, written_out(layout).expand_as(mask))
-    again = BlockLayout.from_flex(flex)
-    again.validate()
-    assert same_tiles(layout, again) and torch.equal(written_out(again), written_out(layout))
-
-
-def test_flex_masks_of_others():
-    def rule(b, h, q, k):
-        return (q >= k + b) & (q - k < 70 + 9 * h)
-
-    flex = create_block_mask(rule, 2, 3, 300, 200, device="cpu", BLOCK_SIZE=(64, 32))
-    layout = BlockLayout.from_flex(flex)
-    layout.validate()
-    assert torch.equal(written_out(layout), create_mask(rule, 2, 3, 300, 200, device="cpu"))
-
-
-def test_flex_attention_agrees():
-    layout = BlockLayout.from_pattern(Local(40, 3), 200, block_size=32)
-    seed = int(torch.randint(2**40, ()))
-    q, k, v = torch.randn(3, 1, 2, 200, 16, generator=torch.Generator().manual_seed(seed)).unbind()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from torch.nn.attention.flex_attention import flex_attention
-
-        out = flex_attention(q, k, v, block_mask=layout.to_flex())
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=layout.to_dense())
-    torch.testing.assert_close(out, expected, msg=str(seed))
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -119,9 +80,6 @@ def test_flex_attention_agrees():
         lambda: BlockLayout.from_bsr(torch.tensor([0, 2]), torch.tensor([0]), q_len=16, block_size=16),
         lambda: BlockLayout.from_bsr(torch.tensor([1, 1]), torch.tensor([0]), q_len=16, block_size=16),
         lambda: BlockLayout.from_bsr(torch.tensor([0, 1, 1]), torch.tensor([0]), q_len=16, block_size=16),
-        lambda: BlockLayout.from_flex(
-            create_block_mask(lambda b, h, q, k: q >= k, None, None, 200, 200, device="cpu", BLOCK_SIZE=48)
-        ),
     ],
 )
 def test_bad_input(make):

@@ -16,7 +16,7 @@ class DecodeRequest:
 
     Attributes:
         layout: the tiles of all positions that a query may stand at, causal, with batch 1.
-        lengths: int ``[B]``: keys cached, those of the queries included.
+        lengths: int ``[B]``: slots that are filled, those of the queries included; or None: all of them.
         starts: int ``[B]``: slot of position 0; below 0 where a cache has dropped its first keys. Or None: 0.
         page_table: int ``[B, pages]``: the page of each ``page_size`` slots; or None.
         key_padding_mask: bool ``[B, capacity]``, True = ignore; or None.
@@ -27,7 +27,7 @@ class DecodeRequest:
     """
 
     layout: BlockLayout
-    lengths: Tensor
+    lengths: Tensor | None
     starts: Tensor | None
     page_table: Tensor | None
     key_padding_mask: Tensor | None
@@ -40,19 +40,16 @@ class DecodeRequest:
         """int64 ``[n]`` for batch elements ``[n]``."""
         return torch.zeros_like(batch) if self.starts is None else self.starts[batch].long()
 
-    def positions(self) -> Tensor:
-        """int64 ``[B, Nq]``: where each query stands in its sequence; below 0: among the padding."""
-        last = self.lengths.long() if self.starts is None else self.lengths.long() - self.starts.long()
-        return last[:, None] - self.q_len + torch.arange(self.q_len, device=last.device)
+    def ends(self, batch: int) -> Tensor:
+        """int64 ``[B]``: how many slots of each sequence are filled."""
+        if self.lengths is None:
+            return torch.full((batch,), self.capacity, device=self.layout.device)
+        return self.lengths.long()
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """First tile and tile count of each query's row, int64 ``[B, Nq, layout heads]``."""
-        layout, position = self.layout, self.positions()
-        row = torch.div(position.clamp(min=0), layout.block_q, rounding_mode="floor")
-        row = row[..., None] + torch.arange(layout.heads, device=row.device) * layout.q_blocks
-        first = layout.indptr[row].long()
-        count = layout.indptr[row + 1].long() - first
-        return first, count.masked_fill((position < 0)[..., None], 0)
+    def positions(self, batch: int) -> Tensor:
+        """int64 ``[B, Nq]``: where each query stands in its sequence; below 0: among the padding."""
+        last = self.ends(batch) if self.starts is None else self.ends(batch) - self.starts.long()
+        return last[:, None] - self.q_len + torch.arange(self.q_len, device=last.device)
 
     def gather(self, cache: Tensor, batch: Tensor, head: Tensor, slots: Tensor) -> Tensor:
         """``[n, heads, span, D]`` of a cache: slots ``[n, heads or 1, span]`` of batch elements ``[n]``, key

@@ -20,9 +20,9 @@ def decode(q: Tensor, k: Tensor, v: Tensor, request: DecodeRequest) -> tuple[Ten
     every = slots.expand(batch, 1, -1)
     keys, values = (request.gather(x, everyone, group, every).double() for x in (k, v))
     dense = torch.stack([request.layout.to_dense(head) for head in range(request.layout.heads)])
-    positions = request.positions()  # [B, Nq]
+    positions = request.positions(batch)  # [B, Nq]
     where = slots - request.starts_of(everyone)[:, None]  # [B, capacity]
-    inside = (where >= 0) & (slots < request.lengths[:, None])
+    inside = (where >= 0) & (slots < request.ends(batch)[:, None])
     if request.key_padding_mask is not None:
         inside = inside & ~request.key_padding_mask
     allowed = dense[:, positions.clamp(min=0)[:, :, None], where.clamp(0, dense.shape[2] - 1)[:, None, :]]

@@ -1,305 +1,213 @@
-# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
-"""Decoding on a GPU: the tiles of a row are split over programs, whose parts a second kernel merges.
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,operator,assignment"
+"""Decoding: the tiles of a row are split over programs, whose parts a second kernel merges.
 
-A new token is one query, and reading the cache is all the work: each program takes a few tiles of one
-sequence's row for the query heads that share a key head, so that each key is read once. Rows are found on
-the device, from the lengths; nothing waits for it.
+A few new queries do little work on many keys, so reading the cache is what takes the time: each key is read
+once, for all queries of its sequence and all query heads that share it. Rows are found on the device, from
+the lengths; nothing waits for it. The softmax is that of ``triton_forward.py``.
 """
 
-from __future__ import annotations
-
-import math
-from functools import lru_cache
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from sparsetile.kernels.decode_request import DecodeRequest
-from sparsetile.kernels.triton_tiles import product
+from sparsetile.kernels.triton_tiles import LN2, load_tile, product
 
-_LOG2_E = math.log2(math.e)
-_PROGRAMS_A_MULTIPROCESSOR = 4
-_STEP_BYTES = 1 << 14  # of keys, and as many of values, that a program has in flight at a step
+COUNTS = ["works", "units", "row_count", "splits", "least", "capacity", "q_blocks", "layout_h"]
+"""Arguments that differ from call to call: specialising on them would compile again and gain nothing."""
 
 
 @triton.jit
+def kept_pairs(masks, mask_id, query, key0, keys, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Which pairs of a tile are allowed, bool ``[queries, keys]``; a mask id of −1 allows all, and nothing is
+    loaded."""
+    words_a_row: tl.constexpr = (BLOCK_K + 31) // 32
+    words: tl.constexpr = (keys.shape[0] + 31) // 32
+    partial = mask_id >= 0
+    row = tl.maximum(mask_id, 0).to(tl.int64) * (BLOCK_Q * words_a_row) + query * words_a_row + key0 // 32
+    group = keys // 32
+    spread = tl.load(masks + row, mask=partial & (query >= 0), other=-1)[:, None]
+    for index in tl.static_range(1, words):
+        word = tl.load(masks + row + index, mask=partial & (query >= 0), other=-1)
+        spread = tl.where((group == index)[None, :], word[:, None], spread)
+    return ((spread >> (keys % 32 + key0 % 32)[None, :]) & 1) != 0
+
+
+@triton.jit
+def kept_keys(masks, mask_id, query, key0, keys, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The same for one query, bool ``[keys]``."""
+    words_a_row: tl.constexpr = (BLOCK_K + 31) // 32
+    row = (tl.maximum(mask_id, 0).to(tl.int64) * BLOCK_Q + query) * words_a_row
+    cell = key0 + keys
+    word = tl.load(masks + row + cell // 32, mask=(mask_id >= 0) & (cell >= 0), other=-1)
+    return ((word >> (cell % 32)) & 1) != 0
+
+
+# fmt: off
+@triton.jit(do_not_specialize=COUNTS)
 def decode_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    indptr,
-    indices,
-    mask_ids,
-    masks,
-    lengths,
-    starts,
-    pages,
-    padding,
-    scale,
-    q_b,
-    q_h,
-    q_n,
-    k_b,
-    k_h,
-    k_n,
-    v_b,
-    v_h,
-    v_n,
-    pages_b,
-    capacity,
-    q_blocks,
-    per_split,
-    splits,
-    q_len,
-    groups,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BY_HEAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    KEYS: tl.constexpr,
-    WORDS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
-    PAGE: tl.constexpr,
-    HAS_STARTS: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    HAS_MASKS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, out, lse, lengths, starts, pages, padding, sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sv_b, sv_h, sv_n,
+    st_b, sp_b, capacity, scale,
+    indptr, others, mask_ids, masks, works, units, row_count, splits, least, q_blocks, layout_h,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, QUERIES: tl.constexpr, GROUP: tl.constexpr, SHARING: tl.constexpr, PAGE: tl.constexpr,
+    PARTIAL: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """One share of one row: partial output ``[ROWS, WIDTH]``, normalised, and its LSE in base 2."""
-    program, split = tl.program_id(0), tl.program_id(1)
-    group = program % groups
-    query = program // groups % q_len
-    batch = (program // (groups * q_len)).to(tl.int64)
-    length = tl.load(lengths + batch).to(tl.int32)
+    # fmt: on
+    """One share of the tiles of one row of the layout, for the queries that stand in it.
+
+    A unit is a key head, whose ``GROUP`` query heads are stacked (or one query head, where heads have layouts
+    of their own: then ``SHARING`` of them share a key head). The few queries of a sequence stand in one row
+    of the layout or in two that follow one another: ``side`` says which of the two is meant. ``lse`` is in
+    base 2 but for ``DIRECT``, the case of one split, whose results are final.
+    """
+    SIDES: tl.constexpr = 1 if QUERIES == 1 else 2
+    CHUNKS: tl.constexpr = (QUERIES * GROUP + M - 1) // M
+    STEPS: tl.constexpr = BLOCK_K // N
+    program = tl.program_id(0)
+    split = program // works
+    work = program % works
+    side = work % SIDES
+    chunk = work // SIDES % CHUNKS
+    unit = work // (SIDES * CHUNKS) % units
+    batch = (work // (SIDES * CHUNKS * units)).to(tl.int64)
+
+    length = capacity
+    if lengths is not None:
+        length = tl.minimum(tl.load(lengths + batch), capacity).to(tl.int32)
     start = 0
-    if HAS_STARTS:
+    if starts is not None:
         start = tl.load(starts + batch).to(tl.int32)
-    position = length - start - q_len + query
-    row = tl.maximum(position, 0) // BLOCK_Q
-    bit_row = tl.maximum(position, 0) % BLOCK_Q
-    if BY_HEAD:
-        row += group * q_blocks
-        key_head = (group // GROUP).to(tl.int64)
-        first_head = group
+    there = length - start
+    block = tl.maximum(there - QUERIES, 0) // BLOCK_Q
+    if SIDES == 2:
+        last_block = tl.maximum(there - 1, 0) // BLOCK_Q
+        if (side == 1) & (last_block == block):
+            return
+        block = tl.where(side == 1, last_block, block)
+    stacked = chunk * M + tl.arange(0, M)
+    query = stacked // GROUP
+    head = (unit * GROUP + stacked % GROUP).to(tl.int64)
+    position = there - QUERIES + query
+    mine = (query < QUERIES) & (position >= 0) & (position // BLOCK_Q == block)
+    # A query before the first key stands in no row; the first side writes its zeros.
+    shown = mine | ((query < QUERIES) & (position < 0) & (side == 0))
+
+    row = tl.minimum(block, q_blocks - 1) + unit * layout_h
+    begin = tl.load(indptr + row)
+    total = (tl.load(indptr + row + 1) - begin).to(tl.int32) * STEPS
+    total = tl.where((there > 0) & (block < q_blocks), total, 0)
+    share = tl.maximum((total + splits - 1) // splits, least)
+    first = tl.minimum(split * share, total)
+    last = tl.minimum(first + share, total)
+    others += begin
+    mask_ids += begin
+
+    keys = tl.arange(0, N)
+    dims = tl.arange(0, BLOCK_D)
+    kv_head = (unit // SHARING).to(tl.int64)
+    q_at = q + batch * sq_b + head[:, None] * sq_h + query[:, None] * sq_n + dims[None, :]
+    q_tile = tl.load(q_at, mask=(query < QUERIES)[:, None] & (dims < D)[None, :], other=0.0)
+    k += kv_head * sk_h
+    v += kv_head * sv_h
+    if pages is None:
+        k += batch * sk_b
+        v += batch * sv_b
     else:
-        key_head = group.to(tl.int64)
-        first_head = group * GROUP
-    STACK: tl.constexpr = 1 if BY_HEAD else GROUP
-    first = tl.load(indptr + row).to(tl.int64)
-    last = tl.load(indptr + row + 1).to(tl.int64)
-    last = tl.where(position < 0, first, last)
-    begin = first + split * per_split
-    end = tl.minimum(begin + per_split, last)
-    lane = tl.arange(0, ROWS)
-    dim = tl.arange(0, WIDE)
-    part = tl.arange(0, KEYS)
-    STEPS: tl.constexpr = BLOCK_K // KEYS
-    real = lane < STACK
-    inside = dim < WIDTH
-    head = (first_head + lane).to(tl.int64)
-    q_at = q + batch * q_b + head[:, None] * q_h + query.to(tl.int64) * q_n + dim[None, :]
-    queries = tl.load(q_at, mask=real[:, None] & inside[None, :], other=0.0)
-    top = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, WIDE], tl.float32)
-    for step in tl.range(0, (end - begin).to(tl.int32) * STEPS):
-        edge = begin + step // STEPS
-        cell = step % STEPS * KEYS + part
-        column = tl.load(indices + edge)
-        slot = start + column * BLOCK_K + cell
-        there = (slot >= 0) & (slot < length)
-        if HAS_PADDING:
-            ignored = tl.load(padding + batch * capacity + slot, mask=there, other=1)
-            there = there & (ignored == 0)
-        if HAS_MASKS:
-            number = tl.load(mask_ids + edge)
-            word_at = (tl.maximum(number, 0).to(tl.int64) * BLOCK_Q + bit_row) * WORDS + cell // 32
-            word = tl.load(masks + word_at, mask=number >= 0, other=-1)
-            there = there & (((word >> (cell % 32)) & 1) == 1)
-        if PAGE > 0:
-            page = tl.load(pages + batch * pages_b + column * BLOCK_K // PAGE).to(tl.int64)
-            place = (column * BLOCK_K % PAGE + cell).to(tl.int64)
-            k_base = k + page * k_b + key_head * k_h
-            v_base = v + page * v_b + key_head * v_h
-        else:
-            place = slot.to(tl.int64)
-            k_base = k + batch * k_b + key_head * k_h
-            v_base = v + batch * v_b + key_head * v_h
-        keep = there[:, None] & inside[None, :]
-        keys = tl.load(k_base + place[:, None] * k_n + dim[None, :], mask=keep, other=0.0)
-        values = tl.load(v_base + place[:, None] * v_n + dim[None, :], mask=keep, other=0.0)
-        scores = product(queries, tl.trans(keys), tl.zeros([ROWS, KEYS], tl.float32), PRECISION) * scale
-        scores = tl.where(there[None, :], scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights = tl.exp2(scores - shift[:, None])
-        fade = tl.exp2(top - shift)
-        total = total * fade + tl.sum(weights, 1)
-        acc = acc * fade[:, None]
-        acc = product(weights.to(values.dtype), values, acc, PRECISION)
-        top = new_top
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    # [B, H, Nq, splits, …]
-    place_out = ((batch * HEADS + head) * q_len + query) * splits + split
-    tl.store(out + place_out[:, None] * WIDTH + dim[None, :], acc, mask=real[:, None] & inside[None, :])
-    tl.store(lse + place_out, top + tl.log2(total), mask=real)
+        pages += batch * st_b
+    if padding is not None:
+        padding += batch * sp_b
+
+    acc = tl.zeros((M, BLOCK_D), tl.float32)
+    total_weight = tl.zeros((M,), tl.float32)
+    peak = tl.full((M,), float("-inf"), tl.float32)
+    for step in range(first, last):
+        entry = step // STEPS
+        key_in_tile = (step % STEPS) * N
+        key0 = tl.load(others + entry) * BLOCK_K + key_in_tile
+        slot = start + key0
+        key_ok = slot + keys < length
+        if starts is not None:
+            key_ok = key_ok & (slot + keys >= 0)
+        if padding is not None:
+            key_ok = key_ok & (tl.load(padding + slot + keys, mask=key_ok, other=1) == 0)
+        if PARTIAL:
+            mask_id = tl.load(mask_ids + entry)
+            if QUERIES == 1:
+                # What the only query may not attend is not even read.
+                key_ok = key_ok & kept_keys(
+                    masks, mask_id, tl.maximum(there - 1, 0) % BLOCK_Q, key_in_tile, keys, BLOCK_Q, BLOCK_K
+                )
+        place = slot.to(tl.int64)
+        k_at = k
+        v_at = v
+        if pages is not None:
+            page = tl.load(pages + key0 // PAGE, mask=key0 < length, other=0).to(tl.int64)
+            place = (key0 % PAGE).to(tl.int64)
+            k_at += page * sk_b
+            v_at += page * sv_b
+        k_tile = load_tile(k_at + place * sk_n, keys, sk_n, dims, key_ok, D, BLOCK_D, True)
+        s = product(q_tile, tl.trans(k_tile), None, PRECISION) * scale
+        allowed = key_ok[None, :]
+        if QUERIES > 1:
+            allowed = allowed & mine[:, None]
+        if PARTIAL and QUERIES > 1:
+            in_row = tl.where(mine, position % BLOCK_Q, 0)
+            allowed = allowed & kept_pairs(masks, mask_id, in_row, key_in_tile, keys, BLOCK_Q, BLOCK_K)
+        s = tl.where(allowed, s, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 1))
+        # exp2(−inf − −inf) is NaN: a row that has met no key yet is measured from 0.
+        origin = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        p = tl.exp2(s - origin[:, None])
+        shrink = tl.exp2(peak - origin)
+        total_weight = total_weight * shrink + tl.sum(p, 1)
+        v_tile = load_tile(v_at + place * sv_n, keys, sv_n, dims, key_ok, D, BLOCK_D, True)
+        acc = product(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], PRECISION)
+        peak = new_peak
+
+    empty = total_weight == 0.0
+    divisor = tl.where(empty, 1.0, total_weight)
+    row_lse = tl.where(empty, float("-inf"), peak + tl.log2(divisor))
+    at = (batch * (units * GROUP) + head) * QUERIES + query
+    if DIRECT:
+        row_lse = row_lse * LN2
+    else:
+        at += split.to(tl.int64) * row_count
+    tl.store(lse + at, row_lse, mask=shown)
+    # The part of a program without tiles is only said to be none.
+    stored = shown
+    if not DIRECT:
+        stored = shown & (first < last)
+    result = (acc / divisor[:, None]).to(out.dtype.element_ty)
+    tl.store(out + at[:, None] * D + dims[None, :], result, mask=stored[:, None] & (dims < D)[None, :])
 
 
-@triton.jit
+# fmt: off
+@triton.jit(do_not_specialize=["row_count", "splits"])
 def merge_kernel(
-    parts,
-    part_lse,
-    out,
-    lse,
-    splits,
-    WIDTH: tl.constexpr,
-    WIDE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    part_out, part_lse, out, lse, row_count, splits,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):
-    """One query of one head: its parts weighted by what each has of the softmax's sum."""
+    # fmt: on
+    """One query of one head: its parts, weighted by what each has of the softmax's sum."""
     row = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, SPLITS)
-    dim = tl.arange(0, WIDE)
-    own = tl.load(part_lse + row * splits + part, mask=part < splits, other=-float("inf"))
-    top = tl.max(own, 0)
-    shift = tl.where(top == -float("inf"), 0.0, top)
-    weight = tl.exp2(own - shift)
-    total = tl.sum(weight, 0)
-    there = (part < splits)[:, None] & (dim < WIDTH)[None, :]
-    each = tl.load(parts + (row * splits + part)[:, None] * WIDTH + dim[None, :], mask=there, other=0.0)
-    made = tl.sum(each * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-    tl.store(out + row * WIDTH + dim, made.to(out.dtype.element_ty), mask=dim < WIDTH)
-    tl.store(lse + row, (top + tl.log2(total)) * 0.6931471805599453)
-
-
-def longest_row(request: DecodeRequest) -> int:
-    """Tiles of the layout's longest row; looked up on the device once for each layout."""
-    memo = request.layout._memo
-    if "longest_row" not in memo:
-        memo["longest_row"] = int(request.layout.row_counts().max())
-    longest = memo["longest_row"]
-    assert isinstance(longest, int)
-    return max(1, longest)
-
-
-def split(programs: int, longest: int, multiprocessors: int) -> tuple[int, int]:
-    """``(splits, tiles a split)`` that fill the GPU, no share of a row being empty of choice."""
-    wanted = -(-_PROGRAMS_A_MULTIPROCESSOR * multiprocessors // programs)
-    tiles = -(-longest // max(1, min(wanted, longest, 128)))
-    return -(-longest // tiles), tiles
-
-
-def launch_of(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    parts: Tensor,
-    part_lse: Tensor,
-    request: DecodeRequest,
-    per_split: int,
-    hip: bool = torch.version.hip is not None,
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Arguments and options of ``decode_kernel``; parts ``[B, H, Nq, splits, D]``, part_lse without D."""
-    layout = request.layout
-    heads, key_heads = q.shape[1], k.shape[1]
-    by_head = layout.heads > 1
-    group = heads // key_heads
-    pages, padding = request.page_table, request.key_padding_mask
-    wide = max(16, triton.next_power_of_2(q.shape[3]))
-    # Products in fp32 take plain instructions, many registers each.
-    step = 8 if q.dtype == torch.float32 else 2
-    q_b, q_h, q_n, _ = q.stride()
-    k_b, k_h, k_n, _ = k.stride()
-    v_b, v_h, v_n, _ = v.stride()
-    arguments = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "out": parts,
-        "lse": part_lse,
-        "indptr": layout.indptr,
-        "indices": layout.indices,
-        "mask_ids": layout.mask_ids,
-        "masks": layout.masks,
-        "lengths": request.lengths,
-        "starts": request.lengths if request.starts is None else request.starts,
-        "pages": request.lengths if pages is None else pages,
-        "padding": layout.masks if padding is None else padding.view(torch.uint8),
-        "scale": request.scale * _LOG2_E,
-        "q_b": q_b,
-        "q_h": q_h,
-        "q_n": q_n,
-        "k_b": k_b,
-        "k_h": k_h,
-        "k_n": k_n,
-        "v_b": v_b,
-        "v_h": v_h,
-        "v_n": v_n,
-        "pages_b": 0 if pages is None else pages.stride(0),
-        "capacity": request.capacity,
-        "q_blocks": layout.q_blocks,
-        "per_split": per_split,
-        "splits": parts.shape[3],
-        "q_len": q.shape[2],
-        "groups": heads if by_head else key_heads,
-        "HEADS": heads,
-        "GROUP": group,
-        "BY_HEAD": by_head,
-        "ROWS": max(16, triton.next_power_of_2(1 if by_head else group)),
-        "BLOCK_Q": layout.block_q,
-        "BLOCK_K": layout.block_k,
-        "KEYS": min(layout.block_k, max(16, _STEP_BYTES // (wide * step))),
-        "WORDS": layout.masks.shape[-1],
-        "WIDTH": q.shape[3],
-        "WIDE": wide,
-        "PAGE": request.page_size,
-        "HAS_STARTS": request.starts is not None,
-        "HAS_PADDING": padding is not None,
-        "HAS_MASKS": layout.masks.shape[0] > 0,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-    }
-    return arguments, {"num_warps": 4, "num_stages": 2 if hip else 3}
-
-
-def decode(q: Tensor, k: Tensor, v: Tensor, request: DecodeRequest) -> tuple[Tensor, Tensor]:
-    """Output ``[B, H, Nq, D]`` in q's dtype and natural LSE ``[B, H, Nq]`` fp32."""
-    batch, heads, q_len, width = q.shape
-    programs = batch * q_len * (heads if request.layout.heads > 1 else k.shape[1])
-    splits, per_split = split(programs, longest_row(request), _multiprocessors(q))
-    parts = torch.empty((batch, heads, q_len, splits, width), dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(parts.shape[:4], dtype=torch.float32, device=q.device)
-    arguments, options = launch_of(q, k, v, parts, part_lse, request, per_split)
-    decode_kernel[(programs, splits)](**arguments, **options)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    wide = max(16, triton.next_power_of_2(width))
-    merge_kernel[(batch * heads * q_len,)](
-        parts,
-        part_lse,
-        out,
-        lse,
-        splits,
-        WIDTH=width,
-        WIDE=wide,
-        SPLITS=triton.next_power_of_2(splits),
-        num_warps=1 if wide <= 64 else 4,
-    )
-    return out, lse
-
-
-@lru_cache(maxsize=16)
-def _multiprocessors_of(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _multiprocessors(q: Tensor) -> int:
-    # In the interpreter there are none; as many as on a small GPU.
-    return _multiprocessors_of(q.device) if q.is_cuda else 8
+    part = tl.arange(0, PARTS)
+    dims = tl.arange(0, BLOCK_D)
+    peak = tl.full((), float("-inf"), tl.float32)
+    for first in range(0, splits, PARTS):
+        at = (first + part).to(tl.int64) * row_count + row
+        own = tl.load(part_lse + at, mask=first + part < splits, other=float("-inf"))
+        peak = tl.maximum(peak, tl.max(own, 0))
+    origin = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.zeros((), tl.float32)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(0, splits, PARTS):
+        at = (first + part).to(tl.int64) * row_count + row
+        own = tl.load(part_lse + at, mask=first + part < splits, other=float("-inf"))
+        weight = tl.exp2(own - origin)
+        total += tl.sum(weight, 0)
+        there = (own > float("-inf"))[:, None] & (dims < D)[None, :]
+        each = tl.load(part_out + at[:, None] * D + dims[None, :], mask=there, other=0.0)
+        acc += tl.sum(each * weight[:, None], 0)
+    empty = total == 0.0
+    divisor = tl.where(empty, 1.0, total)
+    tl.store(out + row * D + dims, (acc / divisor).to(out.dtype.element_ty), mask=dims < D)
+    tl.store(lse + row, tl.where(empty, float("-inf"), (peak + tl.log2(divisor)) * LN2))

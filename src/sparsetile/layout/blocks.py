@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsetile.errors import LayoutError
-from sparsetile.layout import build, convert, order
+from sparsetile.layout import build, convert, flex, order
 from sparsetile.layout.build import Transpose
 from sparsetile.layout.check import BLOCK_SIZES, check_pattern, first_broken, sizes
 from sparsetile.layout.topk import (
@@ -279,8 +279,42 @@ class BlockLayout:
         """The tiles of a FlexAttention block mask; its ``mask_mod`` is evaluated on partial blocks alone."""
         q_len, k_len, block_q, block_k = sizes(*mask.seq_lengths, mask.BLOCK_SIZE)
         batch, heads = mask.kv_num_blocks.shape[:2]
-        rows = convert.flex_tiles(mask, q_len, k_len, block_q, block_k)
+        rows = flex.flex_tiles(mask, q_len, k_len, block_q, block_k)
         return cls._of(rows, q_len, k_len, block_q, block_k, batch, heads).to(mask.kv_num_blocks.device)
+
+    @classmethod
+    def from_mask_mod(
+        cls,
+        mask_mod: flex.MaskMod,
+        q_len: int,
+        k_len: int | None = None,
+        block_size: int | tuple[int, int] = 128,
+        batch: int = 1,
+        heads: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> BlockLayout:
+        """The tiles of a FlexAttention ``mask_mod``, without a block mask in between.
+
+        Every pair is evaluated: time is O(batch · heads · q_len · k_len). Memory is O(tiles + distinct masks)
+        and a chunk of at most 2²⁴ pairs, so no matrix of blocks is made. Where a Pattern says the same
+        (windows, documents, strides, their unions and intersections), :meth:`from_pattern` takes O(tiles).
+
+        Args:
+            mask_mod: ``(b, h, q, k) → bool`` on scalar tensors, which ``torch.vmap`` batches. q and k are
+                FlexAttention's indices, 0 … q_len − 1 and 0 … k_len − 1. They are not aligned at the bottom
+                right as a Pattern's positions are: with q_len ≠ k_len, ``q >= k`` is not ``Causal()``, but
+                ``q + k_len - q_len >= k`` is.
+            q_len, k_len: tokens; ``k_len`` defaults to ``q_len``.
+            batch, heads: how many b and h there are; 1: what ``mask_mod`` says of 0 is shared by all.
+            device: where ``mask_mod`` is evaluated, its captured tensors are, and the layout will be.
+
+        Raises:
+            LayoutError: impossible lengths, block sizes, batch or heads; or ``mask_mod`` fails (torch's own
+                error is the cause) or returns something else than bool.
+        """
+        size = sizes(q_len, k_len, block_size)
+        rows = flex.mask_mod_tiles(mask_mod, size, batch, heads, torch.device(device))
+        return cls._of(rows, *size, batch, heads).to(device)
 
     @classmethod
     def from_topk(
@@ -394,7 +428,7 @@ class BlockLayout:
 
         FlexAttention's own form takes memory in O(q_blocks · k_blocks).
         """
-        return convert.to_flex(self)
+        return flex.to_flex(self)
 
     def validate(self) -> None:
         """Raises LayoutError that names the first broken invariant of the class. Syncs with the device."""

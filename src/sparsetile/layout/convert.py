@@ -10,11 +10,9 @@ from torch import Tensor
 
 from sparsetile.errors import LayoutError, explain
 from sparsetile.layout import build
-from sparsetile.patterns.tiles import Grid, Tiles, allowed_words, ones, pack, unpack
+from sparsetile.patterns.tiles import Grid, Tiles, pack, unpack
 
 if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
-
     from sparsetile.layout.blocks import BlockLayout
 
 
@@ -147,61 +145,6 @@ def compressed_rows(starts: Tensor, cols: Tensor, q_blocks: int, k_blocks: int) 
     return torch.div(order, k_blocks, rounding_mode="floor"), order % k_blocks, groups
 
 
-def flex_tiles(mask: BlockMask, q_len: int, k_len: int, block_q: int, block_k: int) -> build.Rows:
-    """Tiles of a FlexAttention block mask; ``mask_mod`` is asked about its partial tiles alone."""
-    rows, cols, partial = [], [], []
-    k_blocks = -(-k_len // block_k)
-    for counts, blocks, asked in (
-        (mask.kv_num_blocks, mask.kv_indices, True),
-        (mask.full_kv_num_blocks, mask.full_kv_indices, False),
-    ):
-        if counts is None or blocks is None:
-            continue
-        blocks = blocks.reshape(-1, blocks.shape[-1])
-        listed = torch.arange(blocks.shape[1], device=blocks.device) < counts.reshape(-1, 1)
-        row = listed.nonzero()[:, 0].cpu()
-        rows.append(row)
-        cols.append(blocks[listed].cpu().long())
-        partial.append(torch.full_like(row, asked, dtype=torch.bool))
-    row, col, ask = torch.cat(rows), torch.cat(cols), torch.cat(partial)
-    order = (row * k_blocks + col).argsort()
-    row, col, ask = row[order], col[order], ask[order]
-    batch, heads = mask.kv_num_blocks.shape[:2]
-    whole = whole_tiles(row, col, q_len, k_len, block_q, block_k, batch * heads)
-    which = ask.nonzero().flatten()
-    if not which.numel():
-        return whole
-    tiles = Tiles(Grid(q_len, k_len, block_q, block_k, 0, batch * heads), row, col).pick(which)
-    words = _ask(mask, tiles, heads) & build.valid_words(tiles)
-    own, own_masks = build.distinct(words, block_k)
-    ids = whole.mask_ids.clone()
-    ids[which] = torch.where(own >= 0, own + whole.masks.shape[0], own)
-    kept = (ids != build.EMPTY).nonzero().flatten()
-    # The tails of full tiles and the partial ones may share contents, and some tails are not in use any more.
-    used, ids = torch.unique(ids[kept], return_inverse=True)
-    every = torch.cat((torch.full_like(own_masks[:1], ones(block_k)), whole.masks, own_masks))
-    numbers, masks = build.distinct(every[used.long() + 1], block_k)
-    return build.Rows(row[kept], col[kept], numbers[ids], masks)
-
-
-def _ask(mask: BlockMask, tiles: Tiles, heads: int) -> Tensor:
-    """``mask_mod`` over every pair of the tiles, as bit masks; it sees scalars, as FlexAttention shows it."""
-    grid, device = tiles.grid, mask.kv_num_blocks.device
-    over_keys = torch.vmap(mask.mask_mod, in_dims=(None, None, None, 0))
-    over_pairs = torch.vmap(over_keys, in_dims=(None, None, 0, None))
-    over_tiles = torch.vmap(over_pairs, in_dims=(0, 0, 0, 0))
-
-    def allows(q: Tensor, k: Tensor, head: Tensor) -> Tensor:
-        group = head.flatten().to(device)
-        q = q[:, :, 0].clamp(max=grid.q_len - 1).to(device)
-        k = k[:, 0, :].clamp(max=grid.k_len - 1).to(device)
-        batch = torch.div(group, heads, rounding_mode="floor")
-        out: Tensor = over_tiles(batch, group % heads, q, k)
-        return out.bool().cpu()
-
-    return allowed_words(tiles, allows)
-
-
 def to_dense(layout: BlockLayout, head: int, batch: int) -> Tensor:
     """See :meth:`BlockLayout.to_dense`."""
     if not (0 <= head < layout.heads and 0 <= batch < layout.batch):
@@ -230,37 +173,3 @@ def to_dense(layout: BlockLayout, head: int, batch: int) -> Tensor:
     out[row, layout.indices[first:end].long()] = bits[ids]
     dense = out.transpose(1, 2).reshape(layout.q_blocks * layout.block_q, layout.k_blocks * layout.block_k)
     return dense[: layout.q_len, : layout.k_len]
-
-
-def to_flex(layout: BlockLayout) -> BlockMask:
-    """See :meth:`BlockLayout.to_flex`."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    shape = (layout.batch, layout.heads, layout.q_blocks, layout.k_blocks)
-    row, col = layout.rows_and_columns()
-    ids = layout.mask_ids[: layout.nnz]
-    small = layout.masks.shape[0] < 2**15
-    table = torch.full(shape, build.EMPTY, dtype=torch.int16 if small else torch.int32, device=layout.device)
-    table.view(-1, shape[-1])[row, col] = ids.to(table.dtype)
-
-    def listed(which: Tensor) -> tuple[Tensor, Tensor]:
-        flags = which.to(torch.int8)
-        return flags.sum(-1, dtype=torch.int32), flags.argsort(dim=-1, descending=True, stable=True).int()
-
-    masks, block_q, block_k = layout.masks, layout.block_q, layout.block_k
-    if not masks.shape[0]:
-        masks = build.no_masks(block_q, block_k, layout.device).new_zeros((1, *masks.shape[1:]))
-    own_batch, own_heads = int(layout.batch > 1), int(layout.heads > 1)
-
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        number = table[b * own_batch, h * own_heads, q // block_q, k // block_k].int()
-        word = masks[number.clamp(min=0), q % block_q, k % block_k // 32]
-        return (number == build.FULL) | ((number >= 0) & ((word >> (k % block_k % 32).int()) & 1 == 1))
-
-    return BlockMask.from_kv_blocks(
-        *listed(table >= 0),
-        *listed(table == build.FULL),
-        BLOCK_SIZE=(block_q, block_k),
-        mask_mod=mask_mod,
-        seq_lengths=(layout.q_len, layout.k_len),
-    )

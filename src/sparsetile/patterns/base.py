@@ -81,6 +81,15 @@ class Pattern:
         return known
 
     @property
+    def needs_length(self) -> bool:
+        """True if what a query may attend depends on how many keys there are, and not on positions alone, so
+        that a longer layout is no layout of fewer keys."""
+        known: bool | None = self.__dict__.get("_needs_length_memo")
+        if known is None:
+            known = self.__dict__["_needs_length_memo"] = any(child.needs_length for child in self.children)
+        return known
+
+    @property
     def children(self) -> tuple[Pattern, ...]:
         return ()
 

@@ -100,6 +100,10 @@ class Budget(Sized):
             raise _no_effect("Budget(segment_lengths, dilation_rates)", self.kind, given, ("dilated_sparse",))
         self._check_sizes()
 
+    @property
+    def needs_length(self) -> bool:
+        return self.k_blocks is None and not self.causal
+
     # -- the rows -------------------------------------------------------------------------------------
 
     def _own(self, position: Tensor) -> Tensor:

@@ -193,6 +193,10 @@ class Documents(Interval):
         ends = torch.tensor((0, *self.lengths)).cumsum_(0)
         return ends, torch.cat((ends[:1], ends, ends[-1:]))
 
+    @property
+    def needs_length(self) -> bool:
+        return True
+
     def check(self, q_len: int, k_len: int, heads: int | None = None) -> None:
         total = sum(self.lengths)
         if total != k_len:

@@ -178,6 +178,10 @@ class Hierarchical(Sized):
             object.__setattr__(self, "order", order)
         self._check_sizes()
 
+    @property
+    def needs_length(self) -> bool:
+        return self.k_blocks is None
+
     # -- who holds what, and what rows keep of it -----------------------------------------------------
 
     @cached_property
