@@ -371,7 +371,8 @@ def _run(backend: str, q: Tensor, k: Tensor, v: Tensor, request: DecodeRequest) 
     if backend in ("auto", "triton"):
         reason = _triton_why_not(q, k, v)
         if reason is None:
-            return _launches().decode(q, k, v, request)  # type: ignore[no-any-return]
+            made: tuple[Tensor, Tensor] = _launches().decode(q, k, v, request)
+            return made
         reasons.append(f"triton: {reason}")
     if backend == "hopper":
         reasons.append("hopper: has no kernel for decoding; 'triton' serves H100 and H200, too")

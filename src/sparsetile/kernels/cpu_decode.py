@@ -28,6 +28,11 @@ def why_not(q: Tensor, request: DecodeRequest) -> str | None:
 
 def decode(q: Tensor, k: Tensor, v: Tensor, request: DecodeRequest) -> tuple[Tensor, Tensor]:
     """Output ``[B, H, Nq, D]`` in q's dtype and natural LSE ``[B, H, Nq]``."""
+    with torch.autocast("cpu", enabled=False):  # it would round the operands of products
+        return _decode(q, k, v, request)
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, request: DecodeRequest) -> tuple[Tensor, Tensor]:
     batch, heads, q_len, width = q.shape
     precise = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_zeros(batch, heads, q_len, width)

@@ -72,13 +72,14 @@ class Shape:
         rows, line = q_len * group, padded_dim(width) * q.element_size()
         step, stages = _STEPS[target.family]
         tall = min(64 if line <= 256 else 32, padded_dim(rows))
+        most = 128
         if q.element_size() == 4:  # products in three parts hold each operand twice, in registers
-            tall, step, stages = 16, min(step, 1 << 14), min(stages, 3)
+            tall, most, step, stages = 16, 64, min(step, 1 << 14), min(stages, 3)
         elif tall > 16:
             step //= 2
         busy = batch * units * -(-rows // tall)
         works = busy if q_len == 1 else 2 * busy
-        keys = min(layout.block_k, max(16, step // line))
+        keys = min(layout.block_k, most, max(16, step // line))
         least = max(1, _LEAST_BYTES // (keys * line))
         return Shape(units, group, tall, works, busy, keys, least, 4, stages)
 
