@@ -113,8 +113,8 @@ def simple(draw: st.DrawFn, k_len: int, block: int | None) -> Pattern:
     return Random(density, draw(st.integers(-(2**40), 2**40)), unit, draw(st.booleans()))
 
 
-def pattern(k_len: int, block: int | None) -> st.SearchStrategy[Pattern]:
-    """Patterns and their unions, intersections and roundings."""
+def pattern(k_len: int, block: int | None, heads: int = HEADS) -> st.SearchStrategy[Pattern]:
+    """Patterns for so many query heads, and their unions, intersections and roundings."""
 
     def compose(inner: st.SearchStrategy[Pattern]) -> st.SearchStrategy[Pattern]:
         pairs = st.tuples(inner, inner)
@@ -123,7 +123,7 @@ def pattern(k_len: int, block: int | None) -> st.SearchStrategy[Pattern]:
             pairs.map(lambda p: p[0] & p[1]),
             pairs.map(lambda p: p[0] & p[1]),
             inner.map(lambda p: p.block_aligned()),
-            st.tuples(*[inner] * HEADS).map(ByHead),
+            st.tuples(*[inner] * heads).map(ByHead),
         )
 
     return st.recursive(simple(k_len, block), compose, max_leaves=4)

@@ -23,8 +23,8 @@ def draw_plan(draw: st.DrawFn) -> Plan:
     length = draw(st.integers(1, 22 * block))
     ranks = draw(st.sampled_from([1, 2, 3, 4, 5, 6, 8]))
     kv_heads, group_size = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (2, 2), (3, 1)]))
-    made = draw(pattern(length, block))
     heads = kv_heads * group_size
+    made = draw(pattern(length, block, heads))
     layout = BlockLayout.from_pattern(made, length, block_size=block, heads=heads)
     kind = draw(st.integers(0, 2))
     if kind == 0:
